@@ -1,0 +1,14 @@
+"""How Sphinx builds the documentation: make docs."""
+
+import importlib.metadata
+
+project = 'minibatch'
+release = importlib.metadata.version('minibatch')
+extensions = ['sphinx.ext.autodoc']
+exclude_patterns = ['_build']
+html_theme = 'alabaster'
+
+# A docstring inherited from mongoengine says nothing about minibatch.
+autodoc_inherit_docstrings = False
+autodoc_member_order = 'bysource'
+autodoc_typehints = 'description'

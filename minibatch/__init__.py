@@ -1,0 +1,32 @@
+"""Stream processing for humans, on MongoDB.
+
+::
+
+    import minibatch as mb
+
+    stream = mb.stream('test')
+    stream.append({'a': 1})
+
+    @mb.streaming('test', size=2)
+    def process(window):
+        print(window.data)
+"""
+
+from .api import make_emitter, stream, streaming
+from .connection import authenticated_url, connectdb
+from .errors import MinibatchError
+from .models import Buffer, Message, MessageWindow, Stream, Window
+
+__all__ = [
+    'Buffer',
+    'Message',
+    'MessageWindow',
+    'MinibatchError',
+    'Stream',
+    'Window',
+    'authenticated_url',
+    'connectdb',
+    'make_emitter',
+    'stream',
+    'streaming',
+]

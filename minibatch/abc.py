@@ -1,0 +1,61 @@
+"""The contracts of what can be attached to minibatch: sources, sinks and executors.
+
+Nothing here behaves; each contract is described once, and every adapter keeps it. They are protocols, so a class
+of yours needs no base class, only the methods.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Callable, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from .models import Stream
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Brings messages from an outside system into a stream.
+
+    ``stream`` runs in a thread of its own. It appends until the outside system ends or `cancel` is called, and
+    must not tell the outside system that a message was taken before the append (or flush) has returned.
+    """
+
+    def stream(self, stream: Stream) -> None:
+        """Append the messages of the outside system to `stream` until there are no more, or `cancel` is called."""
+
+    def cancel(self) -> None:
+        """Make `stream` return soon. Called from another thread, and possibly more than once."""
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Takes the result of a window to an outside system.
+
+    ``put`` is called in the consumer process, once per window and before the window is committed. It returns when
+    the outside system has the result for certain, and raises otherwise: then the window is tried again.
+    """
+
+    def put(self, messages: Any) -> Any:
+        """Deliver the result of one window: what the function returned, or else the window's data (a list)."""
+
+
+class Completion(Protocol):
+    """What `Executor.submit` returns; `concurrent.futures.Future` is one."""
+
+    def add_done_callback(self, fn: Callable[[Any], Any]) -> Any:
+        """Call `fn` with this object when it is done, at once if it already is, from any thread."""
+
+    def result(self) -> Any:
+        """Return what the callable returned, or raise what it, or the loss of its worker, raised."""
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Runs callables somewhere: in threads, processes, or on other machines.
+
+    `submit` may run the callable before it returns. An executor that sends it to another process pickles it; the
+    callable takes care of functions that plain pickle refuses. Losing a worker is an exception of ``result()``.
+    """
+
+    def submit(self, fn: Callable[[], Any]) -> Completion:
+        """Start `fn` and return its completion."""

@@ -1,0 +1,220 @@
+"""What users call: `stream`, `streaming` and `make_emitter`. They check the arguments and wire up the parts."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from .abc import Sink, Source
+from .errors import ArgumentError
+from .models import Stream, check_name
+from .window import CountWindow, FixedTimeWindow, RelaxedTimeWindow, WindowEmitter
+
+EMITTER_OPTIONS = ('emit_empty', 'processfn', 'group', 'lease', 'cnx_kwargs')
+STREAM_OPTIONS = ('interval', 'batchsize', 'max_age', 'linger', 'cnx_kwargs')
+
+
+def stream(name: str, fn: Callable[..., Any] | None = None, url: str | None = None, **options: Any) -> Stream:
+    """Open a stream, and create it if there is none of this name.
+
+    Args:
+        name: the name of the stream.
+        fn: process the windows of the stream with this function; then `options` are those of `streaming`.
+        url: a MongoDB URL, else what `connectdb` connected to, else MINIBATCH_MONGO_URL, else MONGO_URL, else the
+            embedded MongoDB.
+        options: interval, batchsize, max_age, linger, cnx_kwargs; see `Stream.get_or_create`.
+
+    Raises:
+        ArgumentError: naming the argument.
+        UnreachableError: if MongoDB does not answer.
+
+    Example:
+        >>> import minibatch as mb
+        >>> s = mb.stream('test')    # doctest: +SKIP
+        >>> s.append({'a': 1})       # doctest: +SKIP
+    """
+    if fn is not None:
+        streaming(name, fn, url=url, **options)
+        options = {}
+    _refuse_unknown('stream', options, STREAM_OPTIONS)
+    return Stream.get_or_create(name, url=url, **options)
+
+
+class Streaming:
+    """The decorator that `streaming` returns."""
+
+    def __init__(self, name: str, blocking: bool, options: dict[str, Any]) -> None:
+        self._name, self._blocking, self._options = name, blocking, options
+
+    def __call__(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Process the windows with `fn`: until stopped, or one round with ``blocking=False``. Returns `fn`."""
+        self.make(fn).run(blocking=self._blocking)
+        return fn
+
+    def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Process the windows with `fn`, as the decorator does."""
+        return self(fn)
+
+    def make(self, fn: Callable[..., Any] | None = None) -> WindowEmitter:
+        """Make the emitter that processes the windows with `fn`, and do not run it."""
+        return make_emitter(self._name, fn, **self._options)
+
+
+def streaming(
+    name: str,
+    fn: Callable[..., Any] | None = None,
+    *,
+    interval: float | None = None,
+    size: int | None = None,
+    emitter: type[WindowEmitter] | None = None,
+    relaxed: bool = True,
+    keep: bool = False,
+    url: str | None = None,
+    sink: Any = None,
+    queue: Any = None,
+    source: Any = None,
+    blocking: bool = True,
+    executor: Any = None,
+    workers: int | None = None,
+    max_workers: int | None = None,
+    **options: Any,
+) -> Any:
+    """Process a stream in windows.
+
+    As a decorator, or with `fn`, it processes until stopped: by Ctrl-C or SIGTERM, or by a true item in `queue`.
+
+    Args:
+        name: the name of the stream.
+        fn: the function, called with each window in a worker process. What it returns goes to the sink; None, or
+            a window, means the data of the window.
+        interval: seconds between windows.
+        size: messages per window.
+        emitter: a `WindowEmitter` class of yours; it gets `size` and `interval`.
+        relaxed: with `interval`: True for all messages since the last window, False for fixed windows
+            [start, start + interval), also empty ones.
+        keep: keep messages and windows after they were processed.
+        url: a MongoDB URL; see `stream` for what holds without one.
+        sink: anything with ``put(messages)``, called in this process with each result before the window is
+            committed.
+        queue: a (multiprocessing) queue; a true item in it stops the processing.
+        source: a source, see `minibatch.abc.Source`; attached while this consumer has the lease.
+        blocking: False to do one round only.
+        executor: class or instance of anything with ``submit(fn)``; worker processes by default.
+        workers: how many worker processes, all CPUs by default. With 1, calls are in the order of the messages.
+        max_workers: the same as `workers`.
+        options: emit_empty, processfn, group, lease, cnx_kwargs; see `WindowEmitter`. `group` names the consumer
+            group: each group gets every message. `lease` is in seconds.
+
+    Raises:
+        ArgumentError: naming the argument.
+        PortabilityError: if the function cannot be sent to a worker process, naming the variable.
+        UnreachableError: if MongoDB does not answer.
+
+    Example:
+        >>> import minibatch as mb
+        >>> @mb.streaming('test', size=2)    # doctest: +SKIP
+        ... def process(window):
+        ...     print(window.data)
+    """
+    given = {
+        'interval': interval,
+        'size': size,
+        'emitter': emitter,
+        'relaxed': relaxed,
+        'keep': keep,
+        'url': url,
+        'sink': sink,
+        'queue': queue,
+        'source': source,
+        'executor': executor,
+        'workers': workers,
+        'max_workers': max_workers,
+        **options,
+    }
+    _refuse_unknown('streaming', options, (*EMITTER_OPTIONS, 'stream'))
+    check_name('the name of a stream', name)
+    decorator = Streaming(name, blocking, given)
+    return decorator if fn is None else decorator(fn)
+
+
+def make_emitter(
+    name: str,
+    fn: Callable[..., Any] | None = None,
+    *,
+    interval: float | None = None,
+    size: int | None = None,
+    emitter: type[WindowEmitter] | None = None,
+    relaxed: bool = True,
+    keep: bool = False,
+    url: str | None = None,
+    sink: Any = None,
+    queue: Any = None,
+    source: Any = None,
+    executor: Any = None,
+    workers: int | None = None,
+    max_workers: int | None = None,
+    stream: Stream | None = None,
+    **options: Any,
+) -> WindowEmitter:
+    """Make an emitter: what `streaming` runs, to be run with ``run()``, or ``start()`` and ``stop()``.
+
+    Takes the arguments of `streaming`; `stream` is a stream that is open already.
+    """
+    _refuse_unknown('streaming', options, EMITTER_OPTIONS)
+    if fn is not None and not callable(fn):
+        raise ArgumentError(f'fn must be callable, not {fn!r}')
+    if workers is not None and max_workers is not None:
+        raise ArgumentError('workers and max_workers are the same; give one of them')
+    if sink is not None and not isinstance(sink, Sink):
+        raise ArgumentError(f'sink must have a method put(messages); {type(sink).__name__} has not')
+    if source is not None and not isinstance(source, Source):
+        raise ArgumentError(f'source must have the methods stream and cancel; {type(source).__name__} has not')
+    if queue is not None and not hasattr(queue, 'get'):
+        raise ArgumentError(f'queue must have a method get; {type(queue).__name__} has not')
+    made = _emitter_class(emitter, size, interval, relaxed)(
+        name,
+        **{key: value for key, value in {'size': size, 'interval': interval}.items() if value is not None},
+        emitfn=fn,
+        forwardfn=None if sink is None else sink.put,
+        queue=queue,
+        source=source,
+        executor=executor,
+        max_workers=workers if workers is not None else max_workers,
+        stream=stream,
+        stream_url=url,
+        **options,
+    )
+    made.persist(keep)
+    if fn is not None and executor is None:
+        made.check_portable()
+    return made
+
+
+def _emitter_class(
+    emitter: type[WindowEmitter] | None, size: int | None, interval: float | None, relaxed: bool
+) -> type[WindowEmitter]:
+    if emitter is not None:
+        if not (inspect.isclass(emitter) and issubclass(emitter, WindowEmitter)):
+            raise ArgumentError(f'emitter must be a subclass of WindowEmitter, not {emitter!r}')
+        return emitter
+    if size is not None and interval is not None:
+        raise ArgumentError('size and interval exclude each other: size=N counts messages, interval=T counts seconds')
+    if size is not None:
+        return CountWindow
+    if interval is None:
+        raise ArgumentError('size=, interval= or emitter= must say what a window is')
+    return RelaxedTimeWindow if relaxed else FixedTimeWindow
+
+
+def _refuse_unknown(what: str, options: dict[str, Any], known: tuple[str, ...]) -> None:
+    every = {*known, *inspect.signature(globals()[what]).parameters} - {'options'}
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(every), 1)
+            hint = f'; did you mean {close[0]}?' if close else f'; it knows {", ".join(sorted(every))}'
+            raise ArgumentError(f'{what} has no option {name!r}{hint}')
+
+
+Stream.consume = staticmethod(streaming)  # type: ignore[assignment]

@@ -1,0 +1,56 @@
+"""Time, without looking at a clock: every function takes the time as an argument, except `now`.
+
+Datetimes are aware and in UTC, durations are seconds as float, windows are half-open: [start, end).
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+MILLISECOND = timedelta(milliseconds=1)
+
+
+def now() -> datetime:
+    """The time of this machine, in milliseconds as MongoDB keeps it."""
+    return to_milliseconds(datetime.now(timezone.utc))
+
+
+def to_milliseconds(time: datetime) -> datetime:
+    """Cut `time` to the millisecond, so that it is the same before and after it was stored."""
+    return time.replace(microsecond=time.microsecond // 1000 * 1000)
+
+
+def aware(time: datetime) -> datetime:
+    """Read a naive datetime as UTC, as MongoDB returns it."""
+    return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
+
+
+def window_start(time: datetime, interval: float) -> datetime:
+    """The start of the fixed window of `interval` seconds that `time` is in; windows are aligned to 1970.
+
+    >>> window_start(EPOCH + timedelta(seconds=12), 5) - EPOCH
+    datetime.timedelta(seconds=10)
+    """
+    step = timedelta(seconds=interval)
+    return EPOCH + (time - EPOCH) // step * step
+
+
+class ServerClock:
+    """The time of the server, estimated from what it said last and a monotonic clock of this machine.
+
+    A consumer whose own clock is wrong thus cuts the same windows as any other.
+    """
+
+    def __init__(self, server_time: datetime, monotonic: float) -> None:
+        self._server_time = server_time
+        self._monotonic = monotonic
+
+    def adjust(self, server_time: datetime, monotonic: float) -> None:
+        """Take a new reading; the estimate never goes backwards."""
+        if server_time > self.at(monotonic):
+            self._server_time, self._monotonic = server_time, monotonic
+
+    def at(self, monotonic: float) -> datetime:
+        """The server's time at `monotonic` (seconds of the monotonic clock)."""
+        return self._server_time + timedelta(seconds=monotonic - self._monotonic)

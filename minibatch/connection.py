@@ -1,0 +1,239 @@
+"""Where MongoDB is: URLs, and clients that survive fork and spawn.
+
+A `Target` says which database is meant; it is a small value that can be sent to another process. The client behind
+it is made on first use in each process, and shared by all who mean the same database.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import mongoengine
+import pymongo
+from pymongo import MongoClient, ReadPreference, WriteConcern
+from pymongo.database import Database
+from pymongo.errors import ConfigurationError, InvalidURI, PyMongoError
+from pymongo.read_concern import ReadConcern
+
+from . import embedded
+from .errors import ArgumentError, UnreachableError
+
+DEFAULT_DBNAME = 'minibatch'
+DEFAULT_ALIAS = 'minibatch'
+URL_VARIABLES = ('MINIBATCH_MONGO_URL', 'MONGO_URL')
+CONNECT_TIMEOUT = 10.0
+MAJORITY = WriteConcern('majority')
+
+_lock = threading.RLock()
+_clients: dict[tuple[Any, ...], MongoClient[dict[str, Any]]] = {}
+_inherited: list[Any] = []
+_default: Target | None = None
+_first: Target | None = None
+_using: ContextVar[Target | None] = ContextVar('minibatch_using', default=None)
+
+
+@dataclass(frozen=True, repr=False)
+class Target:
+    """A database: its URL, its name, and further options of the client as sorted pairs."""
+
+    url: str
+    dbname: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __repr__(self) -> str:
+        return f'Target({masked(self.url)!r}, {self.dbname!r})'
+
+    @property
+    def client(self) -> MongoClient[dict[str, Any]]:
+        """The client of this process for this URL."""
+        key = (self.url, self.options)
+        with _lock:
+            if key not in _clients:
+                _clients[key] = _connect(self.url, dict(self.options))
+            return _clients[key]
+
+    @property
+    def db(self) -> Database[dict[str, Any]]:
+        """For messages: the URL's write concern, reads at majority from the primary whatever the URL prefers."""
+        db = self.client[self.dbname]
+        if _is_mock(self.url):
+            return db
+        write_concern = db.write_concern if 'w' in db.write_concern.document else MAJORITY
+        return self._with(write_concern)
+
+    @property
+    def majority(self) -> Database[dict[str, Any]]:
+        """For bookkeeping (groups, positions, windows): written and read at majority, whatever the URL says."""
+        return self.client[self.dbname] if _is_mock(self.url) else self._with(MAJORITY)
+
+    def _with(self, write_concern: WriteConcern) -> Database[dict[str, Any]]:
+        return self.client.get_database(
+            self.dbname,
+            read_preference=ReadPreference.PRIMARY,
+            read_concern=ReadConcern('majority'),
+            write_concern=write_concern,
+        )
+
+    def check(self) -> None:
+        """Raise `UnreachableError`, naming the address, if the server does not answer."""
+        global _first
+        try:
+            if not _is_mock(self.url):
+                with pymongo.timeout(CONNECT_TIMEOUT):
+                    self.client.admin.command('ping')
+        except PyMongoError as exc:
+            raise UnreachableError(
+                f'MongoDB does not answer at {masked(self.url)}: {_without_secrets(exc, self.url)}. Check that it '
+                f'runs, that host and port are right, and user, password and authSource if it asks for them.'
+            ) from None
+        with _lock:
+            _first = _first or self
+
+
+def target(url: str | None = None, dbname: str | None = None, **options: Any) -> Target:
+    """Which database is meant.
+
+    `url`, else what `connectdb` connected to, else MINIBATCH_MONGO_URL, else MONGO_URL, else the embedded MongoDB,
+    which is started if need be. The name of the database is `dbname`, else the URL's, else ``minibatch``.
+    """
+    if url is None and dbname is None and not options and _default is not None:
+        return _default
+    url = url or next((os.environ[name] for name in URL_VARIABLES if os.environ.get(name)), None) or embedded.url()
+    if not isinstance(url, str) or not re.match(r'(mongodb(\+srv)?|mongomock)://', url):
+        raise ArgumentError(f"url must start with mongodb:// or mongodb+srv://, not {masked(str(url)[:80])!r}")
+    return Target(url, dbname or urlsplit(url).path.lstrip('/') or DEFAULT_DBNAME, tuple(sorted(options.items())))
+
+
+def current() -> Target:
+    """The database of models: that of `using`, else `connectdb`'s, else the first one opened, else see `target`."""
+    return _using.get() or _default or _first or target()
+
+
+@contextmanager
+def using(where: Target) -> Iterator[None]:
+    """Let the models mean this database, in this thread."""
+    token = _using.set(where)
+    try:
+        yield
+    finally:
+        _using.reset(token)
+
+
+def connectdb(
+    url: str | None = None,
+    dbname: str | None = None,
+    alias: str = DEFAULT_ALIAS,
+    authSource: str | None = None,
+    **options: Any,
+) -> Database[dict[str, Any]]:
+    """Connect, and use this connection from now on wherever no URL is given.
+
+    Args:
+        url: a MongoDB URL; without it the environment or the embedded MongoDB decides, see `target`.
+        dbname: the database, else the URL's, else ``minibatch``.
+        alias: mongoengine's name of the connection. Only the default one changes what calls without a URL use.
+        authSource: the database that knows the user; may also stand in the URL.
+        options: further options of `pymongo.MongoClient`.
+
+    Returns:
+        The database, as pymongo knows it.
+
+    Raises:
+        UnreachableError: if no server answers.
+
+    Example:
+        >>> db = connectdb('mongodb://localhost/test')    # doctest: +SKIP
+    """
+    global _default
+    if authSource is not None:
+        options['authSource'] = authSource
+    chosen = target(url, dbname, **options)
+    chosen.check()
+    mongoengine.disconnect(alias)
+    mongoengine.register_connection(alias, name=chosen.dbname, mongo_client_class=lambda **_: chosen.client)
+    if alias == DEFAULT_ALIAS:
+        _default = chosen
+    return chosen.client[chosen.dbname]
+
+
+def disconnect() -> None:
+    """Close all connections of this process and forget what `connectdb` chose."""
+    global _default, _first
+    with _lock:
+        _default = _first = None
+        for client in _clients.values():
+            client.close()
+        _clients.clear()
+
+
+def authenticated_url(url: str, authSource: str = 'admin') -> str:
+    """Add ``authSource=admin`` to a URL with a user, unless it says another or is ``mongodb+srv``.
+
+    >>> authenticated_url('mongodb://me:secret@localhost/test')
+    'mongodb://me:secret@localhost/test?authSource=admin'
+    """
+    parts = urlsplit(url)
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    given = any(name.lower() == 'authsource' for name, _ in query)
+    if given or parts.scheme == 'mongodb+srv' or '@' not in parts.netloc:
+        return url
+    return urlunsplit(parts._replace(path=parts.path or '/', query=urlencode([*query, ('authSource', authSource)])))
+
+
+def masked(url: str) -> str:
+    """The URL without its password, for logs and errors."""
+    return re.sub(r'(//[^:@/]*):[^@]*@', r'\1:***@', url)
+
+
+def _connect(url: str, options: dict[str, Any]) -> MongoClient[dict[str, Any]]:
+    if _is_mock(url):
+        return _mock_client()
+    options.setdefault('uuidRepresentation', 'standard')
+    options.setdefault('appname', 'minibatch')
+    try:
+        client: MongoClient[dict[str, Any]] = MongoClient(url, **options)
+    except (InvalidURI, ConfigurationError, ValueError, TypeError) as exc:
+        raise ArgumentError(f'the URL {masked(url)} is not right: {_without_secrets(exc, url)}') from None
+    if not client.write_concern.acknowledged:
+        client.close()
+        raise ArgumentError(f'w=0 in {masked(url)} would lose messages unseen; use w=1 or w=majority')
+    return client
+
+
+def _is_mock(url: str) -> bool:
+    return url.startswith('mongomock://')
+
+
+def _mock_client() -> Any:
+    try:
+        import mongomock
+    except ImportError:
+        raise ArgumentError('a mongomock:// URL needs the mongomock package: pip install mongomock') from None
+    return mongomock.MongoClient()
+
+
+def _without_secrets(exc: Exception, url: str) -> str:
+    message = str(exc).partition(', Timeout:')[0]
+    userinfo = urlsplit(url).netloc.rpartition('@')[0]
+    password = userinfo.partition(':')[2]
+    return message.replace(password, '***') if password else message
+
+
+def _forget_inherited_clients() -> None:
+    # A client must not be used, nor closed, by a forked child: its sockets are the parent's.
+    global _lock
+    _lock = threading.RLock()
+    _inherited.extend(_clients.values())
+    _clients.clear()
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_forget_inherited_clients)

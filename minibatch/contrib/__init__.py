@@ -1,0 +1,1 @@
+"""Adapters to outside systems, one file each; they see only the public names of minibatch."""

@@ -1,0 +1,468 @@
+"""Find, start, share and stop a local mongod when no URL is given.
+
+One server per user and home folder, a replica set of one (so that change streams and transactions work). It
+outlives the process that started it and is shared by all that come later, and listens on a unix socket alone,
+in a folder that only its user can enter::
+
+    home/lock          held while somebody starts or stops the server
+    home/state.json    where it listens and on which host; the socket is empty until it takes writes
+    home/mongod.log    kept below 10 MB from start to start, the older part in mongod.log.1
+    home/data/         the database files
+
+The home is `platformdirs.user_data_dir('minibatch')`, unless the environment variable MINIBATCH_HOME names
+another; MINIBATCH_MONGOD names the mongod program. A server is recognised by its command line and its user,
+never by a process id that was written down: after a crash the system gives that to another process.
+"""
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote_plus
+
+import platformdirs
+import psutil
+from pymongo import MongoClient
+from pymongo.errors import PyMongoError
+
+from minibatch.errors import DataFolderInUseError, EmbeddedServerError, NoMongodError
+
+if sys.platform != 'win32':
+    import fcntl
+
+log = logging.getLogger('minibatch.embedded')
+
+START_TIMEOUT = 120.0  # recovery of the journal after a crash is part of the start
+POLL = 0.01
+LOG_SIZE = 10_000_000
+SOCKET_NAME = 'mongodb-27017.sock'  # mongod's own default name: with any other it makes a second socket
+SOCKET_PATH_MAX = 100  # bytes; the kernel's limit is 107 on Linux, 103 on macOS
+OPTIONS = (
+    '--replSet', 'minibatch', '--filePermissions', '0700', '--quiet', '--slowms', '1000',
+    '--wiredTigerCacheSizeGB', '0.25', '--setParameter', 'diagnosticDataCollectionEnabled=false',
+    # Every message is written to the oplog too, and a change stream further behind than it reaches cannot
+    # resume: 64 MB would hold four of the largest documents. The default, 5 % of the disk, is for real sets.
+    '--oplogSize', '256',
+)
+THREE_WAYS = (
+    "Either `pip install 'minibatch[embedded]'`, which brings one; or install MongoDB, so that mongod is on "
+    'the PATH, or set MINIBATCH_MONGOD to its path; or give the URL of a MongoDB (MINIBATCH_MONGO_URL).'
+)
+OTHER_HOME = 'Set MINIBATCH_HOME to a folder of your own, on a local disk, that you can write to.'
+
+
+@dataclass(frozen=True)
+class Status:
+    """The embedded server, as it is now."""
+
+    running: bool
+    home: Path
+    pid: int | None = None
+    url: str = ''  # empty when not running; holds no password
+    mongod: str = ''  # the program that runs, or that would be started; empty if there is none
+    version: str = ''  # of MongoDB; empty when not running
+    uptime: float = 0.0  # seconds
+
+
+def url() -> str:
+    """The URL of the embedded server, which is started if it does not run. Takes a millisecond if it does.
+
+    Returns:
+        `mongodb://<percent-encoded socket path>/minibatch?directConnection=true`
+
+    Raises:
+        NoMongodError: there is no mongod program
+        DataFolderInUseError: the data folder is in use from another host or container
+        EmbeddedServerError: the server could not be started, or there can be none here
+
+    Example:
+        >>> MongoClient(embedded.url()).admin.command('ping')['ok']
+        1.0
+    """
+    home = _home()
+    state = _read_state(home)
+    if state.get('boot') == _boot_id() and _owned(home) and _listens(state['socket']):
+        return _url(state['socket'])
+    return start().url
+
+
+def start() -> Status:
+    """Start the embedded server, or find it running, and wait until it takes writes: usually under a second.
+
+    Raises:
+        NoMongodError, DataFolderInUseError, EmbeddedServerError: as `url` does
+
+    Example:
+        >>> embedded.start().running
+        True
+    """
+    if sys.platform == 'win32':
+        raise EmbeddedServerError('There is no embedded MongoDB on Windows: its mongod has no unix sockets. '
+                                  'Give the URL of a running MongoDB (MINIBATCH_MONGO_URL).')
+    home = _home()
+    _make_private(home)
+    with _locked(home):
+        _check_host(home)
+        servers = _find(home)
+        if not any(_listens(server.path) for server in servers):
+            for server in servers:  # left over, its socket removed or its start cut short
+                _end(server, home, START_TIMEOUT)
+            _launch(home)
+            servers = _find(home)
+        if not servers:
+            raise EmbeddedServerError(f'mongod ended right after its start. {home}/mongod.log says why.')
+        _write_state(home, servers[0].path, _lead(servers[0].path))
+        return _status(home, servers[0])
+
+
+def stop(timeout: float = 30.0) -> bool:
+    """Shut the embedded server down cleanly, for all who use it, and wait until it is gone.
+
+    Args:
+        timeout: seconds to wait for it
+
+    Returns:
+        True if one was running
+
+    Raises:
+        EmbeddedServerError: it still runs after `timeout`
+
+    Example:
+        >>> embedded.stop()
+        True
+    """
+    home = _home()
+    if not home.exists():
+        return False
+    with _locked(home):
+        servers = _find(home)
+        for server in servers:
+            _end(server, home, timeout)
+        if servers:
+            (home / 'state.json').unlink(missing_ok=True)
+        return bool(servers)
+
+
+def status() -> Status:
+    """Whether the embedded server runs, and where; starts nothing.
+
+    Example:
+        >>> embedded.status().running
+        False
+    """
+    home = _home()
+    if servers := _find(home):
+        return _status(home, servers[0])
+    try:
+        return Status(False, home, mongod=str(find_mongod()))
+    except NoMongodError:
+        return Status(False, home)
+
+
+def find_mongod() -> Path:
+    """The mongod program: of MINIBATCH_MONGOD, on the PATH, or of the extra minibatch[embedded].
+
+    Raises:
+        NoMongodError: there is none, or MINIBATCH_MONGOD is wrong
+    """
+    named = os.environ.get('MINIBATCH_MONGOD')
+    if found := shutil.which(named or 'mongod'):
+        return Path(found)
+    if named:
+        raise NoMongodError(f'MINIBATCH_MONGOD is {named!r}, which is no program that can be run. '
+                            'Set it to the path of mongod, or unset it.')
+    spec = importlib.util.find_spec('fiftyone')  # does not import it
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder, 'db', 'bin', 'mongod')
+        if path.is_file():
+            return _executable(path)
+    raise NoMongodError(f'There is no mongod program on this machine. {THREE_WAYS}')
+
+
+def _executable(path: Path) -> Path:
+    """The program with its execute bit, which wheels lose; a copy in the home if it is someone else's."""
+    if os.access(path, os.X_OK):
+        return path
+    try:
+        path.chmod(path.stat().st_mode | 0o111)
+        return path
+    except OSError:
+        home = _home()
+        _make_private(home)
+        copy = home / 'mongod'
+        if not (copy.exists() and copy.stat().st_size == path.stat().st_size):
+            partial = home / f'mongod.{os.getpid()}'
+            shutil.copyfile(path, partial)
+            partial.chmod(0o700)
+            partial.replace(copy)
+        return copy
+
+
+# -- the home folder
+
+def _home() -> Path:
+    named = os.environ.get('MINIBATCH_HOME')
+    if not (named or os.environ.get('XDG_DATA_HOME') or os.environ.get('HOME', '~')):
+        raise EmbeddedServerError(f'The embedded MongoDB has no home folder: HOME is empty. {OTHER_HOME}')
+    home = named or platformdirs.user_data_dir('minibatch', appauthor=False)
+    return Path(os.path.realpath(os.path.expanduser(home)))
+
+
+def _owned(folder: Path) -> bool:
+    """Whether it is a real folder, not a link, and belongs to this user."""
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+
+
+def _make_private(folder: Path) -> None:
+    """Make the folder and close it to others, or raise."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owned = _owned(folder)
+        if owned:
+            folder.chmod(0o700)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise EmbeddedServerError(f'The embedded MongoDB cannot write to {folder}: {error}. {OTHER_HOME}'
+                                  ) from error
+    if not owned:
+        raise EmbeddedServerError(f'The folder {folder} of the embedded MongoDB is not yours. {OTHER_HOME}')
+
+
+def _socket_path(home: Path) -> str:
+    """Where to listen: in the home, or in a short private folder if the home's path does not fit a socket."""
+    if _fits(home):
+        return str(home / SOCKET_NAME)
+    name = hashlib.sha256(os.fsencode(home)).hexdigest()[:12]
+    for parent in (os.environ.get('XDG_RUNTIME_DIR', ''), tempfile.gettempdir()):
+        folder = Path(parent, f'minibatch-{os.getuid()}', name)
+        # the owner of the parent could put a folder of his own in place of ours
+        if os.path.isdir(parent) and os.stat(parent).st_uid in (0, os.getuid()) and _fits(folder):
+            _make_private(folder.parent)
+            _make_private(folder)
+            return str(folder / SOCKET_NAME)
+    raise EmbeddedServerError(f'The path {home} does not fit a unix socket. '
+                              'Set MINIBATCH_HOME to a short path of plain letters.')
+
+
+def _fits(folder: Path) -> bool:
+    # mongod takes commas and colons in its address as separators
+    path = str(folder / SOCKET_NAME)
+    return len(path) <= SOCKET_PATH_MAX and re.fullmatch(r'[\w./-]+', path, re.ASCII) is not None
+
+
+def _try_lock(descriptor: int, home: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise EmbeddedServerError(f'{home} is on a disk without file locks: {error}. {OTHER_HOME}') from error
+    return True
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    """One process (and thread) at a time may start or stop; the kernel frees the lock of a dead one."""
+    descriptor = os.open(home / 'lock', os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + START_TIMEOUT
+    try:
+        while not _try_lock(descriptor, home):
+            if time.monotonic() > deadline:
+                raise EmbeddedServerError(f'Another process has held {home}/lock for {START_TIMEOUT:.0f} s, '
+                                          'to start or stop the server. Try again, or end that process.')
+            time.sleep(POLL)
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough if a child was forked meanwhile
+    finally:
+        os.close(descriptor)
+
+
+# -- the state file
+
+def _boot_id() -> str:
+    try:
+        return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    except OSError:
+        return str(int(psutil.boot_time()))
+
+
+def _read_state(home: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((home / 'state.json').read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) and {'host', 'boot', 'socket', 'version'} <= state.keys() else {}
+
+
+def _write_state(home: Path, path: str, version: str) -> None:
+    state = {'host': socket.gethostname(), 'boot': _boot_id(), 'socket': path, 'version': version}
+    partial = home / 'state.json.new'
+    partial.write_text(json.dumps(state, indent=1))
+    partial.replace(home / 'state.json')
+
+
+def _check_host(home: Path) -> None:
+    """Refuse a home whose server runs, or has crashed, on another host.
+
+    The same boot id is the same kernel, whatever the host name, and mongod's own file locks tell who uses the
+    data. The same host name with another boot id is this host, started again.
+    """
+    state = _read_state(home)
+    if state and state['host'] != socket.gethostname() and state['boot'] != _boot_id():
+        raise DataFolderInUseError(
+            f'The data in {home} is in use by an embedded MongoDB on the host {state["host"]}. Stop it '
+            'there, or set MINIBATCH_HOME to another folder on this host. If it certainly runs no more, '
+            f'delete {home}/state.json.')
+
+
+# -- the process
+
+def _url(path: str) -> str:
+    return f'mongodb://{quote_plus(path)}/minibatch?directConnection=true'
+
+
+def _listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class _Server:
+    process: psutil.Process
+    path: str  # of its socket
+    program: str
+
+
+def _server(process: psutil.Process, home: Path) -> _Server | None:
+    """The process, if it is a server of this home and of this user."""
+    try:
+        words: list[str] = process.cmdline()
+        mine: bool = process.uids().real == os.getuid()
+    except psutil.Error:  # gone, a zombie, or hidden from us
+        return None
+    options = dict(itertools.pairwise(words))
+    path = options.get('--bind_ip', '')
+    if mine and options.get('--dbpath') == str(home / 'data') and path.endswith(SOCKET_NAME):
+        return _Server(process, path, words[0])
+    return None
+
+
+def _find(home: Path) -> list[_Server]:
+    """The running servers of this home, the newest first: more than one only while mongod forks."""
+    if sys.platform == 'win32':
+        return []
+    found = [server for process in psutil.process_iter() if (server := _server(process, home))]
+    return sorted(found, key=lambda server: (server.process.create_time(), server.process.pid), reverse=True)
+
+
+def _end(server: _Server, home: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    process = server.process
+    with suppress(psutil.NoSuchProcess):
+        process.terminate()  # psutil checks first that the process id was not given to another
+    while _server(process, home):
+        if time.monotonic() > deadline:
+            raise EmbeddedServerError(f'The embedded MongoDB (process {process.pid}) has not ended within '
+                                      f'{timeout:g} s. Wait longer, or end it with `kill -9 {process.pid}`: '
+                                      'what was acknowledged is kept.')
+        time.sleep(POLL)
+    log.info('embedded MongoDB stopped, process %s', process.pid)
+
+
+def _launch(home: Path) -> None:
+    """Start mongod, in a session of its own, and wait until it listens."""
+    program, path, messages = find_mongod(), _socket_path(home), home / 'mongod.log'
+    data = home / 'data'
+    data.mkdir(mode=0o700, exist_ok=True)
+    if messages.exists() and messages.stat().st_size > LOG_SIZE:
+        messages.replace(home / 'mongod.log.1')
+    seen = messages.stat().st_size if messages.exists() else 0
+    _write_state(home, '', '')
+    # --fork, so that no process of a user of this server is its parent, with a zombie left to reap
+    command = [str(program), '--fork', '--logpath', str(messages), '--logappend', '--dbpath', str(data),
+               '--bind_ip', path, '--unixSocketPrefix', str(Path(path).parent), *OPTIONS]
+    began = time.monotonic()
+    try:
+        done = subprocess.run(command, cwd=home, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, errors='replace', start_new_session=True,
+                              timeout=START_TIMEOUT, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise EmbeddedServerError(f'{program} cannot be run: {error}. {THREE_WAYS}') from error
+    if done.returncode:
+        (home / 'state.json').unlink()
+        raise _failure(home, done, seen)
+    log.info('embedded MongoDB started in %.2f s, data in %s', time.monotonic() - began, data)
+
+
+def _failure(home: Path, done: subprocess.CompletedProcess[str], seen: int) -> EmbeddedServerError:
+    """What mongod said before it gave up, in its log, else on its output."""
+    messages = home / 'mongod.log'
+    lines = messages.read_bytes()[seen:].decode(errors='replace').splitlines() if messages.exists() else []
+    said = [line[:500] for line in lines if '"s":"I"' not in line][-5:] or done.stdout.splitlines()[-5:]
+    text = '\n'.join(said)
+    if 'DBPathInUse' in text:
+        return DataFolderInUseError(
+            f'The data in {home} is in use by a mongod which cannot be seen from here: in another container, '
+            'or started before the folder was renamed. Stop it, or set MINIBATCH_HOME to another folder.\n'
+            + text)
+    return EmbeddedServerError(
+        f'{done.args[0]} does not start (code {done.returncode}). Its last words are below, more may be in '
+        f'{messages}. Mend that, or take another MongoDB. {THREE_WAYS}\n{text}')
+
+
+def _lead(path: str) -> str:
+    """Make the server a replica set of one which takes writes; returns its version."""
+    deadline = time.monotonic() + START_TIMEOUT
+    problem: PyMongoError | None = None
+    with MongoClient[dict[str, Any]](_url(path), serverSelectionTimeoutMS=1000,
+                                     socketTimeoutMS=10000) as client:
+        while time.monotonic() < deadline:
+            try:
+                if _leads(client, path):
+                    return str(client.server_info()['version'])
+            except PyMongoError as error:
+                problem = error
+            time.sleep(POLL)
+    raise EmbeddedServerError(f'The embedded MongoDB takes no writes after {START_TIMEOUT:.0f} s: {problem}. '
+                              'Stop it and try again; mongod.log in its home folder says more.')
+
+
+def _leads(client: MongoClient[dict[str, Any]], path: str) -> bool:
+    config = client['local']['system.replset'].find_one()
+    members = [{'_id': 0, 'host': path}]
+    if config is None:
+        client.admin.command('replSetInitiate', {'_id': 'minibatch', 'members': members})
+    elif config['members'][0]['host'] != path:  # the home was moved or copied: it looks for itself there
+        config |= {'members': members, 'version': config['version'] + 1}
+        client.admin.command('replSetReconfig', config, force=True)
+    return bool(client.admin.command('hello')['isWritablePrimary'])
+
+
+def _status(home: Path, server: _Server) -> Status:
+    uptime = time.time() - server.process.create_time()
+    version = _read_state(home).get('version', '')
+    return Status(True, home, server.process.pid, _url(server.path), server.program, version, uptime)

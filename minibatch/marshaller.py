@@ -1,0 +1,88 @@
+"""What crosses from the consumer to its workers: functions, by value where they must be."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from typing import Any, Callable
+
+import cloudpickle
+
+from .errors import PortabilityError
+
+_loaded: dict[str, Any] = {}
+
+
+class Portable:
+    """A function that can be pickled even if it is a lambda, nested, or defined in a script or notebook.
+
+    It is pickled only when it crosses a process, so executors that stay in this process call the function itself.
+    A worker unpickles a function once. `install` sends it ahead, so that tasks need only name it.
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        self._blob: bytes | None = None
+        self.sent_ahead = False
+
+    def __call__(self, *args: Any) -> Any:
+        return self.fn(*args)
+
+    @property
+    def blob(self) -> bytes:
+        """The pickled function.
+
+        Raises:
+            PortabilityError: naming what it refers to that cannot be pickled.
+        """
+        if self._blob is None:
+            try:
+                self._blob = cloudpickle.dumps(self.fn)
+            except Exception as exc:
+                raise PortabilityError(_explain(self.fn, exc)) from exc
+        return self._blob
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.blob).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load, (self.digest, None if self.sent_ahead else self.blob)
+
+
+def install(digest: str, blob: bytes) -> None:
+    """Make the function known in this worker."""
+    if digest not in _loaded:
+        _loaded[digest] = cloudpickle.loads(blob)
+
+
+def _load(digest: str, blob: bytes | None) -> Portable:
+    if blob is not None:
+        install(digest, blob)
+    return Portable(_loaded[digest])
+
+
+def name_of(fn: Any) -> str:
+    """How errors and logs name a function."""
+    return str(getattr(fn, '__qualname__', None) or getattr(type(fn), '__qualname__', fn))
+
+
+def _explain(fn: Callable[..., Any], exc: Exception) -> str:
+    for name, value in _references(fn).items():
+        try:
+            cloudpickle.dumps(value)
+        except Exception:
+            return (
+                f'{name_of(fn)} cannot be sent to a worker process, because its variable {name!r} '
+                f'({type(value).__name__}) cannot be pickled. Make it inside the function, or use executor= with '
+                f'an executor that stays in this process.'
+            )
+    return f'{name_of(fn)} cannot be sent to a worker process: {exc}'
+
+
+def _references(fn: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        closure = inspect.getclosurevars(fn)
+    except (TypeError, ValueError):
+        return dict(getattr(fn, '__dict__', {}))
+    return {**closure.globals, **closure.nonlocals}

@@ -1,0 +1,473 @@
+"""Streams, messages and windows: what they hold, and the states a window goes through.
+
+`Stream`, `Buffer` and `Window` are mongoengine documents. Their datetimes are naive and in UTC, as mongoengine's are;
+what a function is given (`MessageWindow`, `Message`) has aware ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from enum import Enum
+from typing import Any, ClassVar
+
+from bson import ObjectId
+from mongoengine import Document, QuerySet
+from mongoengine.base import BaseField
+from mongoengine.fields import BooleanField, DateTimeField, FloatField, IntField, StringField
+from pymongo.collection import Collection
+from pymongo.errors import PyMongoError
+
+from . import clock, store
+from .abc import Source
+from .connection import Target, current, target
+from .errors import ArgumentError
+from .producer import Producer, producer_of
+from .store import Span
+
+logger = logging.getLogger(__name__)
+
+MAX_NAME = 200
+
+
+class WindowStatus(str, Enum):
+    """Where a window is on its way: open, then processed (or failed); void is a number that was never used."""
+
+    OPEN = 'open'
+    PROCESSED = 'processed'
+    FAILED = 'failed'
+    VOID = 'void'
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message: its `data`, when it was `created` (aware, UTC), and its place in the log of its producer."""
+
+    data: dict[str, Any]
+    created: datetime
+    producer: str
+    offset: int
+    meta: Any = None
+
+
+class MessageWindow:
+    """A window as it is given to a function.
+
+    Attributes:
+        id: the same over every retry; a sink that upserts on it shows each window once.
+        stream: the name of the stream.
+        number: the number of the window in its consumer group.
+        created: when the window was made.
+        start, end: the time span [start, end) of a time window, else None.
+        attempt: 1 for the first attempt.
+        missing: how many of its messages had expired before they were read.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        stream: str,
+        number: int,
+        created: datetime,
+        start: datetime | None,
+        end: datetime | None,
+        attempt: int,
+        records: list[tuple[Span, list[dict[str, Any]]]],
+    ) -> None:
+        self.id, self.stream, self.number, self.created = id, stream, number, created
+        self.start, self.end, self.attempt = start, end, attempt
+        self._slices = [(span.producer, *piece) for span, found in records for piece in _trim(span, found)]
+        self._count = sum(end - start for _, _, start, end in self._slices)
+        self.missing = sum(span.end - span.start for span, _ in records) - self._count
+        self._merged = len({producer for producer, *_ in self._slices}) > 1
+
+    @property
+    def data(self) -> list[dict[str, Any]]:
+        """The data of the messages: those of a producer in its order, those of several by time."""
+        if self._merged:
+            return [message.data for message in self.messages]
+        data: list[dict[str, Any]] = []
+        for _, record, start, end in self._slices:
+            data += record['batch'][start:end] if 'batch' in record else [record['data']]
+        return data
+
+    @property
+    def messages(self) -> list[Message]:
+        """The messages with all that is known about them, in the order of `data`."""
+        messages = [message for piece in self._slices for message in _messages(*piece)]
+        if self._merged:
+            # A producer's order holds even if its clock went backwards.
+            latest: dict[str, datetime] = {}
+            keys = []
+            for message in messages:
+                latest[message.producer] = max(latest.get(message.producer, message.created), message.created)
+                keys.append(latest[message.producer])
+            messages = [messages[i] for i in sorted(range(len(messages)), key=keys.__getitem__)]
+        return messages
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.data)
+
+    def __repr__(self) -> str:
+        return f'<window {self.id} with {self._count} messages>'
+
+
+def _trim(span: Span, records: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """(record batch, first, end) of the messages of a span, each once although record batches may overlap."""
+    next_offset = span.start
+    for record in records:
+        offset = int(record['offset'])
+        first, end = max(next_offset - offset, 0), min(int(record['n']), span.end - offset)
+        if first < end:
+            yield record, first, end
+            next_offset = offset + end
+
+
+def _messages(producer: str, record: dict[str, Any], first: int, end: int) -> Iterator[Message]:
+    times = store.times_of(record)
+    meta = record.get('meta') or [None] * len(times)
+    batch = record['batch'] if 'batch' in record else [record['data']]
+    for i in range(first, end):
+        yield Message(batch[i], clock.aware(times[i]), producer, int(record['offset']) + i, meta[i])
+
+
+class _RawField(BaseField):
+    """A value as it is. What a message says must not be read as a class, a reference or anything but data."""
+
+
+class _BoundQuerySet(QuerySet):
+    """A query set whose documents stay with the database they came from."""
+
+    def __next__(self) -> Any:
+        doc = super().__next__()
+        collection = self._collection_obj
+        doc._get_collection = lambda: collection
+        return doc
+
+
+class _Model(Document):
+    meta: ClassVar[dict[str, Any]] = {'abstract': True, 'strict': False, 'auto_create_index': False}
+
+    @classmethod
+    def _get_db(cls) -> Any:
+        return current().db
+
+    @classmethod
+    def _get_collection(cls) -> Collection[Any]:
+        return current().db[cls._get_collection_name()]
+
+    @classmethod
+    def in_database(cls, where: Target) -> QuerySet:
+        """All documents of this model in a database."""
+        return _BoundQuerySet(cls, where.db[cls._get_collection_name()])
+
+
+def _utcnow() -> datetime:
+    return datetime.now(timezone.utc).replace(tzinfo=None)
+
+
+class Buffer(_Model):
+    """A record batch as it is stored: one message in `data`, or `n` of them in `batch`."""
+
+    meta: ClassVar[dict[str, Any]] = {'collection': 'buffer'}
+    stream = StringField(required=True)
+    created = DateTimeField(default=_utcnow)
+    processed = BooleanField(default=False)
+    data = _RawField()
+    producer = StringField()
+    offset = IntField()
+    n = IntField()
+    batch = _RawField()
+    times = _RawField()
+    meta_ = _RawField(db_field='meta')
+    token = _RawField()
+
+
+class Window(_Model):
+    """A window as it is stored: which messages it has, and its state. `data` reads them while they are kept."""
+
+    meta: ClassVar[dict[str, Any]] = {'collection': 'window'}
+    id = _RawField(primary_key=True, default=ObjectId)
+    stream = StringField(required=True)
+    created = DateTimeField(default=_utcnow)
+    processed = BooleanField(default=False)
+    stored_data = _RawField(db_field='data')
+    group = StringField()
+    number = IntField()
+    spans = _RawField()
+    parts = IntField()
+    n = IntField()
+    start = DateTimeField()
+    end = DateTimeField()
+    key = _RawField()
+    status = StringField()
+    epoch = IntField()
+    attempts = IntField()
+    error = StringField()
+
+    def __init__(self, *args: Any, **values: Any) -> None:
+        if 'data' in values:
+            values['stored_data'] = values.pop('data')
+        super().__init__(*args, **values)
+
+    @property
+    def data(self) -> list[dict[str, Any]]:
+        """The data of the messages, as far as they are still stored."""
+        if self.stored_data is not None:
+            return list(self.stored_data)
+        return self.load().data
+
+    def load(self) -> MessageWindow:
+        """The window as a function is given it, with what is still stored of its messages."""
+        db = self._get_collection().database
+        spans = store.all_spans(db, {'_id': self.id, 'spans': self.spans, 'parts': self.parts})
+        records = [(span, store.read_records(db, self.stream, span)) for span in spans]
+        start, end = (at and clock.aware(at) for at in (self.start, self.end))
+        created = clock.aware(self.created)
+        return MessageWindow(self.id, self.stream, self.number, created, start, end, self.attempts or 1, records)
+
+
+class Stream(_Model):
+    """A named stream of messages, kept in MongoDB.
+
+    Example:
+        >>> with Stream.get_or_create('test') as stream:    # doctest: +SKIP
+        ...     stream.append({'a': 1})
+    """
+
+    meta: ClassVar[dict[str, Any]] = {'collection': 'stream'}
+    name = StringField(required=True)
+    status = StringField(default='open')
+    created = DateTimeField(default=_utcnow)
+    closed = DateTimeField()
+    interval = FloatField()
+    last_read = DateTimeField()
+    format = IntField()
+    batchsize = IntField()
+    linger = FloatField()
+    max_age = FloatField()
+
+    consume: ClassVar[Callable[..., Any]]
+    """What `streaming` calls; the layer above this one puts it here."""
+
+    @classmethod
+    def get_or_create(
+        cls,
+        name: str,
+        url: str | None = None,
+        interval: float | None = None,
+        batchsize: int | None = None,
+        max_age: float | None = None,
+        linger: float | None = None,
+        cnx_kwargs: dict[str, Any] | None = None,
+    ) -> Stream:
+        """Open a stream, and create it if there is none of this name.
+
+        Args:
+            name: the name of the stream.
+            url: a MongoDB URL, see `connectdb` for what holds without one.
+            interval: seconds; the window interval of consumers that name none.
+            batchsize: messages appended one by one are written as one record batch when there are so many.
+                `append` then only queues; they are acknowledged by the append that fills the batch, or by `flush`.
+            max_age: seconds after which a message is deleted, processed or not.
+            linger: seconds after which a record batch that is not full is written all the same, 1 by default.
+            cnx_kwargs: further options of `pymongo.MongoClient`.
+
+        Raises:
+            ArgumentError: naming the argument.
+            UnreachableError: if MongoDB does not answer.
+        """
+        options = {'interval': interval, 'batchsize': batchsize, 'max_age': max_age, 'linger': linger}
+        given = {key: value for key, value in options.items() if value is not None}
+        check_name('the name of a stream', name)
+        check_options(given)
+        return cls._open(name, target(url, **(cnx_kwargs or {})), given)
+
+    @classmethod
+    def _open(cls, name: str, where: Target, options: dict[str, Any]) -> Stream:
+        where.check()
+        store.ensure_indexes(where.db)
+        stream = cls._from_son(store.open_stream(where.majority, name, options, clock.now()))
+        stream._target = where
+        stream._get_collection = lambda: where.db.stream
+        stream._batchsize = options.get('batchsize') or stream.batchsize or 1
+        if stream.max_age:
+            _clear_in_background(where, name, stream.max_age)
+        return stream
+
+    _source: Source | None = None
+    _source_thread: threading.Thread | None = None
+    _target: Target
+    _batchsize: int = 1
+
+    @property
+    def target(self) -> Target:
+        """The database the stream is in."""
+        return self._target
+
+    @property
+    def _producer(self) -> Producer:
+        return producer_of(self._target, self.name)
+
+    @property
+    def source(self) -> Source | None:
+        """What `attach` attached."""
+        return self._source
+
+    def append(self, data: dict[str, Any], meta: Any = None) -> None:
+        """Append a message; with a batchsize of 1 (the default) it is stored when this returns.
+
+        Args:
+            data: the message, a dict or other mapping with string keys, of what MongoDB can store. Datetimes come
+                back naive, in UTC, in milliseconds; tuples as lists.
+            meta: something about the message, such as its headers; given to the function in ``window.messages``.
+
+        Raises:
+            DataError: naming the key that cannot be stored; nothing was written.
+            UnconfirmedError: MongoDB did not confirm in time; see `flush`.
+        """
+        if self._batchsize > 1:
+            self._producer.append_later(data, meta, self._batchsize, 1.0 if self.linger is None else self.linger)
+        else:
+            self._producer.append(data, meta)
+
+    def append_many(self, items: Iterable[dict[str, Any]]) -> int:
+        """Append many messages as record batches, the fast way; they are stored when this returns.
+
+        Returns:
+            How many.
+
+        Raises:
+            DataError: naming message and key. Of up to 64 MB nothing was written; of more the error says how much.
+        """
+        if isinstance(items, (dict, str, bytes)) or not hasattr(items, '__iter__'):
+            raise ArgumentError(f'append_many takes an iterable of dicts, not {type(items).__name__}; see append')
+        return self._producer.append_many(items)
+
+    def flush(self) -> None:
+        """Return when all that was appended in this process is stored."""
+        self._producer.flush()
+
+    def clear(self) -> int:
+        """Delete all messages and windows of this stream; returns how many messages. Consumers go on behind them."""
+        self.flush()
+        return store.clear_stream(self._target.majority, self.name)
+
+    def attach(self, source: Source, background: bool = True) -> None:
+        """Let a source append to this stream, in a thread, or with ``background=False`` in this call.
+
+        Raises:
+            ArgumentError: if it is not a source, or another one is attached.
+        """
+        if not isinstance(source, Source):
+            raise ArgumentError(f'source must have the methods stream and cancel; {type(source).__name__} has not')
+        if self._source_thread is not None and self._source_thread.is_alive():
+            raise ArgumentError(f'stream {self.name!r} has a source already; stop() it first')
+        self._source = source
+        if not background:
+            source.stream(self)
+            self.flush()
+            return
+        name = f'minibatch-source-{self.name}'
+        self._source_thread = threading.Thread(target=self._run_source, args=(source,), name=name, daemon=True)
+        self._source_thread.start()
+
+    def _run_source(self, source: Source) -> None:
+        try:
+            source.stream(self)
+            self.flush()
+        except Exception:
+            logger.exception('the source of stream %r failed', self.name)
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """Cancel the source, if there is one, and wait up to `timeout` seconds for it to end."""
+        if self._source is not None:
+            self._source.cancel()
+        if self._source_thread is not None and self._source_thread is not threading.current_thread():
+            self._source_thread.join(timeout)
+
+    def close(self) -> None:
+        """Stop the source and write all that is queued."""
+        self.stop()
+        self.flush()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def buffer(self, **filter: Any) -> QuerySet:
+        """The stored record batches of this stream, as a mongoengine query set."""
+        return Buffer.in_database(self._target).filter(stream=self.name, **filter)
+
+    def window(self, **filter: Any) -> QuerySet:
+        """The stored windows of this stream, as a mongoengine query set."""
+        return Window.in_database(self._target).filter(stream=self.name, **filter)
+
+    def streaming(self, fn: Callable[..., Any] | None = None, **options: Any) -> Any:
+        """Process the windows of this stream with a function; takes the options of `minibatch.streaming`."""
+        return type(self).consume(self.name, fn, stream=self, **options)
+
+    def autoclear(self, max_age: float) -> None:
+        """Delete messages older than `max_age` seconds, processed or not, now and as long as this process runs."""
+        check_options({'max_age': max_age})
+        store.open_stream(self._target.majority, self.name, {'max_age': max_age}, clock.now())
+        _clear_in_background(self._target, self.name, max_age)
+
+
+_clearing: dict[tuple[int, Target, str], float] = {}
+
+
+def _clear_in_background(where: Target, name: str, max_age: float) -> None:
+    key = (os.getpid(), where, name)
+    running = key in _clearing
+    _clearing[key] = max_age
+    store.delete_older(where.majority, name, clock.now() - timedelta(seconds=max_age))
+    if not running:
+        threading.Thread(target=_clear_regularly, args=key, name=f'minibatch-autoclear-{name}', daemon=True).start()
+
+
+def _clear_regularly(*key: Any) -> None:
+    _, where, name = key
+    while True:
+        time.sleep(min(max(_clearing[key] / 10, 0.1), 60))
+        try:
+            deleted = store.delete_older(where.majority, name, clock.now() - timedelta(seconds=_clearing[key]))
+        except PyMongoError as exc:
+            logger.warning('old messages of stream %r not deleted, trying again: %s', name, exc)
+        else:
+            if deleted:
+                logger.info('%d messages of stream %r were older than %g s', deleted, name, _clearing[key])
+
+
+def check_name(what: str, name: Any, forbidden: str = '\0') -> None:
+    """Raise `ArgumentError` unless `name` can name a stream or group."""
+    if not isinstance(name, str) or not name.strip():
+        raise ArgumentError(f'{what} must be a string that is not empty, not {name!r}')
+    if len(name) > MAX_NAME or any(char in name for char in forbidden):
+        raise ArgumentError(f'{what} must have at most {MAX_NAME} characters, and none of {forbidden!r}: {name[:60]!r}')
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise `ArgumentError`, naming the option, unless counts are whole numbers from 1 and durations positive."""
+    for name, value in options.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name in ('size', 'batchsize', 'workers'):
+            if not is_number or int(value) != value or value < 1:
+                raise ArgumentError(f'{name} must be a whole number from 1 on, not {value!r}')
+            if name == 'batchsize' and value > store.MAX_BATCH:
+                raise ArgumentError(f'{name} must be at most {store.MAX_BATCH:,}, not {value!r}')
+        elif not is_number or not (value > 0 or (name == 'linger' and value == 0)) or value == float('inf'):
+            raise ArgumentError(f'{name} must be a positive number of seconds, not {value!r}')

@@ -1,0 +1,381 @@
+"""The append side: one writer per process and stream, shared by all handles and threads.
+
+A producer has its own offsets 0, 1, 2 ... and exactly one ordered insert in flight. Threads queue what they append,
+and the next insert carries all that is queued (group commit). After an unclear result (a lost connection) the
+producer stays at that insert, same documents, until it is resolved, so that nothing is lost and nothing doubled.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime
+from multiprocessing.util import Finalize
+from typing import Any
+
+import bson
+from bson.raw_bson import RawBSONDocument
+from pymongo.errors import AutoReconnect, BulkWriteError, PyMongoError, WriteConcernError
+
+from . import clock, store
+from .connection import Target, masked
+from .errors import DataError, ServerError, UnconfirmedError
+
+logger = logging.getLogger(__name__)
+
+RECORD_MESSAGES = 1000
+RECORD_BYTES = 1 << 20
+INSERT_BYTES = 16 << 20
+CHECKED_BYTES = 64 << 20
+MAX_MESSAGE_BYTES = (16 << 20) - 4096
+CONFIRM_TIMEOUT = 60.0
+RETRY_PAUSE = 0.1
+
+_registry: dict[tuple[Target, str], Producer] = {}
+_registry_lock = threading.Lock()
+
+
+class Entry:
+    """Messages of one call, on their way."""
+
+    def __init__(self, datas: list[bytes], times: list[datetime], meta: list[Any], stays: bool) -> None:
+        self.datas, self.times, self.meta = datas, times, meta
+        self.stays = stays  # whether it stays queued after a failure: its caller has already returned
+        self.written = 0
+        self.error: Exception | None = None
+
+    @property
+    def settled(self) -> bool:
+        return self.error is not None or self.written == len(self.datas)
+
+
+class Producer:
+    """The one writer of this process to a stream; get it with `producer_of`."""
+
+    def __init__(self, target: Target, stream: str) -> None:
+        self.target, self.stream = target, stream
+        self.id = new_id()
+        self._offset = 0
+        self._condition = threading.Condition()
+        self._queue: deque[Entry] = deque()
+        self._in_flight: list[tuple[Entry, RawBSONDocument, int]] = []
+        self._writing = False
+        self._partial: Entry | None = None
+        self._partial_due = 0.0
+        self._lingering = False
+
+    def append(self, data: Any, meta: Any = None) -> None:
+        """Append one message and return when it is acknowledged."""
+        self._deliver(Entry([encode(data)], [clock.now()], [meta], stays=False))
+
+    def append_later(self, data: Any, meta: Any, batchsize: int, linger: float) -> None:
+        """Append one message to the record batch being filled; write that when full, or after `linger` seconds."""
+        raw, created = encode(data), clock.now()
+        with self._condition:
+            partial = self._partial
+            if partial is None:
+                partial = self._partial = Entry([], [], [], stays=True)
+                self._partial_due = time.monotonic() + linger
+                self._watch_linger()
+            partial.datas.append(raw)
+            partial.times.append(created)
+            partial.meta.append(meta)
+            full = len(partial.datas) >= batchsize
+        if full:
+            self.flush()
+
+    def append_many(self, items: Iterable[Any]) -> int:
+        """Append messages as record batches; returns how many when all are acknowledged."""
+        written = 0
+        for datas in _checked(items):
+            now = clock.now()
+            entry = Entry(datas, [now] * len(datas), [None] * len(datas), stays=False)
+            try:
+                self._deliver(entry)
+            finally:
+                written += entry.written
+        return written
+
+    def flush(self) -> None:
+        """Write all that is queued, and return when it is acknowledged."""
+        with self._condition:
+            self._seal_partial()
+            unwritten = [*self._entries_in_flight(), *self._queue]
+            for entry in unwritten:
+                entry.error = None
+        if unwritten:
+            self._await(unwritten[-1])
+
+    def _deliver(self, entry: Entry) -> None:
+        with self._condition:
+            self._seal_partial()
+            self._queue.append(entry)
+        self._await(entry)
+
+    def _seal_partial(self) -> None:
+        if self._partial is not None:
+            self._queue.append(self._partial)
+            self._partial = None
+
+    def _await(self, entry: Entry) -> None:
+        """Return when `entry` is acknowledged: written by another thread, or else by this one."""
+        deadline = time.monotonic() + CONFIRM_TIMEOUT
+        while True:
+            with self._condition:
+                while self._writing and not entry.settled:
+                    self._condition.wait()
+                if entry.settled:
+                    break
+                self._writing = True
+            try:
+                self._write(entry, deadline)
+            finally:
+                with self._condition:
+                    self._writing = False
+                    self._condition.notify_all()
+        if entry.error is not None:
+            raise entry.error
+
+    def _write(self, entry: Entry, deadline: float) -> None:
+        """Insert what is in flight, or else the next of the queue; tell each entry what became of it."""
+        if not self._in_flight:
+            with self._condition:
+                self._in_flight = list(self._cut_records())
+        try:
+            written, refusal = self._insert_until(deadline)
+        except PyMongoError as exc:
+            if _is_unclear(exc):
+                self._give_up(entry, exc)
+            else:
+                self._refuse(_reason(exc), all_in_flight=True)
+            return
+        self._settle(written)
+        if refusal:
+            self._refuse(refusal, all_in_flight=False)
+
+    def _insert_until(self, deadline: float) -> tuple[int, str]:
+        buffer = self.target.db.buffer
+        while True:
+            try:
+                return store.insert_records(buffer, [record for _, record, _ in self._in_flight])
+            except PyMongoError as exc:
+                if not _is_unclear(exc) or time.monotonic() > deadline:
+                    raise
+                logger.warning('append to %r not confirmed, trying again: %s', self.stream, _reason(exc))
+                time.sleep(RETRY_PAUSE)
+
+    def _cut_records(self) -> Iterator[tuple[Entry, RawBSONDocument, int]]:
+        """Take entries off the queue, as many as one insert should carry, and give them their offsets."""
+        size = 0
+        offset = self._offset
+        while self._queue and size < INSERT_BYTES:
+            entry = self._queue.popleft()
+            for start, end, length in _cuts(entry.datas, entry.written):
+                part = slice(start, end)
+                record = store.record_batch(
+                    self.stream, self.id, offset, entry.datas[part], entry.times[part], entry.meta[part]
+                )
+                yield entry, record, end - start
+                offset += end - start
+                size += length
+
+    def _settle(self, count: int) -> None:
+        """The first `count` record batches in flight are in MongoDB."""
+        with self._condition:
+            for entry, _, n in self._in_flight[:count]:
+                self._offset += n
+                entry.written += n
+            self._in_flight = self._in_flight[count:]
+
+    def _refuse(self, reason: str, all_in_flight: bool) -> None:
+        """What is left in flight is certainly not in MongoDB, and the server will not have the first of it."""
+        with self._condition:
+            waiting = [*self._entries_in_flight(), *self._queue]
+            refused = self._entries_in_flight() if all_in_flight else waiting[:1]
+            if any(entry.stays for entry in refused):
+                refused = waiting  # nothing can pass what stays at the head of the queue
+            for entry in refused:
+                stored = f'; the first {entry.written} messages of this call are stored' if entry.written else ''
+                entry.error = ServerError(f'MongoDB refused the append: {reason}{stored}')
+            self._queue = deque(entry for entry in waiting if entry.stays or entry not in refused)
+            self._in_flight = []
+
+    def _give_up(self, entry: Entry, exc: Exception) -> None:
+        """The server does not say what became of what is in flight: that stays there, to be sent again."""
+        reason = f'{masked(self.target.url)} did not confirm an append within {CONFIRM_TIMEOUT:g} s ({_reason(exc)})'
+        with self._condition:
+            for waiting in self._entries_in_flight():
+                waiting.error = UnconfirmedError(
+                    f'{reason}. It stays queued and is sent again before the next one; flush() waits for it.'
+                )
+            if entry in self._queue:
+                entry.error = UnconfirmedError(f'{reason}. Nothing of this call was written.')
+                if not entry.stays:
+                    self._queue.remove(entry)
+
+    def _entries_in_flight(self) -> list[Entry]:
+        return list({id(entry): entry for entry, _, _ in self._in_flight}.values())
+
+    def _watch_linger(self) -> None:
+        if not self._lingering:
+            self._lingering = True
+            threading.Thread(target=self._linger, name=f'minibatch-linger-{self.stream}', daemon=True).start()
+
+    def _linger(self) -> None:
+        while True:
+            with self._condition:
+                if self._partial is None:
+                    self._lingering = False
+                    return
+                pause = self._partial_due - time.monotonic()
+            if pause > 0:
+                time.sleep(pause)
+                continue
+            try:
+                self.flush()
+            except Exception as exc:
+                logger.error('messages of %r stay queued until the next append or flush: %s', self.stream, exc)
+
+
+def new_id() -> str:
+    """The name of a new producer; names sort by age."""
+    return f'{time.time_ns() // 1_000_000:011x}{secrets.token_hex(4)}'
+
+
+def producer_of(target: Target, stream: str) -> Producer:
+    """The producer of this process for a stream."""
+    key = (target, stream)
+    with _registry_lock:
+        if key not in _registry:
+            if not _registry:
+                # Children of multiprocessing end without atexit, but run these.
+                Finalize(None, flush_all, exitpriority=100)
+            _registry[key] = Producer(target, stream)
+        return _registry[key]
+
+
+def flush_all() -> None:
+    """Write all that is queued in this process; called at its end."""
+    for producer in list(_registry.values()):
+        try:
+            producer.flush()
+        except Exception as exc:
+            logger.error('messages of %r were not written: %s', producer.stream, exc)
+
+
+def encode(data: Any) -> bytes:
+    """The message as MongoDB stores it.
+
+    Raises:
+        DataError: naming the key, if it is not a mapping or cannot be stored.
+    """
+    if not isinstance(data, Mapping):
+        raise DataError(f'data must be a mapping such as a dict, not {type(data).__name__}')
+    try:
+        raw = bson.encode(data)
+    except Exception as exc:
+        path, reason = _culprit(data, exc)
+        raise DataError(f'MongoDB cannot store data{path}: {reason}') from None
+    if len(raw) > MAX_MESSAGE_BYTES:
+        key = max(data, key=lambda name: len(bson.encode({name: data[name]})))
+        raise DataError(
+            f'the message has {len(raw):,} bytes, MongoDB stores at most {MAX_MESSAGE_BYTES:,}; '
+            f'the largest value is data[{key!r}]'
+        )
+    if b'$ref\x00' in raw and (path := _find_key(data, '$ref')):
+        raise DataError(f'data{path} has the key $ref, which MongoDB reads back as a reference; rename it')
+    return raw
+
+
+def _checked(items: Iterable[Any]) -> Iterator[list[bytes]]:
+    """Encode all messages before any is written, as long as they fit into memory comfortably."""
+    datas: list[bytes] = []
+    size = done = 0
+    for i, item in enumerate(items):
+        try:
+            datas.append(encode(item))
+        except DataError as exc:
+            so_far = f'; the {done} messages before message {i - len(datas)} are stored' if done else ''
+            raise DataError(f'message {i}: {exc}{so_far}') from None
+        size += len(datas[-1])
+        if size > CHECKED_BYTES:
+            yield datas
+            done += len(datas)
+            datas, size = [], 0
+    if datas:
+        yield datas
+
+
+def _cuts(datas: list[bytes], start: int) -> Iterator[tuple[int, int, int]]:
+    """Cut messages from `start` on into record batches: (start, end, bytes)."""
+    end, size = start, 0
+    for i in range(start, len(datas)):
+        length = len(datas[i]) + 16
+        if end > start and (size + length > RECORD_BYTES or end - start >= RECORD_MESSAGES):
+            yield start, end, size
+            start, size = i, 0
+        end, size = i + 1, size + length
+    if end > start:
+        yield start, end, size
+
+
+def _culprit(value: Any, exc: Exception, path: str = '') -> tuple[str, str]:
+    children: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        bad = next((key for key in value if not isinstance(key, str)), None)
+        if bad is not None:
+            return path, f'its key {bad!r} is not a string'
+        children = value.items()
+    elif isinstance(value, (list, tuple)):
+        children = enumerate(value)
+    for key, child in children:
+        try:
+            bson.encode({'value': child})
+        except RecursionError:
+            return f'{path}[{key!r}]', 'it is nested too deeply, or contains itself'
+        except Exception as inner:
+            return _culprit(child, inner, f'{path}[{key!r}]')
+    return path, str(exc)
+
+
+def _find_key(value: Any, wanted: str, path: str = '') -> str:
+    children: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        if wanted in value:
+            return path or ' itself'
+        children = value.items()
+    elif isinstance(value, (list, tuple)):
+        children = enumerate(value)
+    return next((found for key, child in children if (found := _find_key(child, wanted, f'{path}[{key!r}]'))), '')
+
+
+def _is_unclear(exc: PyMongoError) -> bool:
+    if isinstance(exc, BulkWriteError):
+        return not exc.details.get('writeErrors') and bool(exc.details.get('writeConcernErrors'))
+    return isinstance(exc, (AutoReconnect, WriteConcernError)) or exc.timeout
+
+
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, BulkWriteError):
+        errors = exc.details.get('writeErrors') or exc.details.get('writeConcernErrors') or [{}]
+        return str(errors[0].get('errmsg', exc))
+    return str(exc).partition(', Timeout:')[0]
+
+
+def _forget_inherited_producers() -> None:
+    # A forked child writes through producers of its own; what its parent has queued is its parent's to write.
+    global _registry_lock
+    _registry_lock = threading.Lock()
+    _registry.clear()
+
+
+atexit.register(flush_all)
+with suppress(AttributeError):
+    os.register_at_fork(after_in_child=_forget_inherited_producers)

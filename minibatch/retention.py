@@ -1,0 +1,144 @@
+"""What follows a commit, off the hot path: positions, progress, and the deletion of what no group needs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from datetime import datetime
+from typing import Any
+
+from pymongo.errors import PyMongoError
+
+from . import clock, store
+from .connection import Target
+from .errors import LeaseLostError
+from .store import Span
+
+logger = logging.getLogger(__name__)
+
+PAUSE = 0.1
+READ_MARK_PAUSE = 1.0
+
+
+class Follower:
+    """Writes how far a consumer group is, then deletes what is behind it, in a thread.
+
+    In this order: positions; the number up to which all windows are finished; then windows and messages are
+    deleted, or marked as processed where they are kept. A crash in between leaves something to delete, no more.
+    """
+
+    def __init__(self, target: Target, stream: str, group: str, epoch: int, keep: bool) -> None:
+        self._target, self._stream, self._group, self._epoch, self._keep = target, stream, group, epoch, keep
+        self._changed = threading.Condition()
+        self._moved: dict[str, int] = {}
+        self._number = self._written_number = self._deleted_number = 0
+        self._frontier: datetime | None = None
+        self._counts: Counter[str] = Counter()
+        self._positions: dict[str, int] = {}
+        self._cleaned: dict[str, int] = {}
+        self._busy = self._closed = False
+        self._error: Exception | None = None
+        self._last = self._read_marked = 0.0
+        self._thread: threading.Thread | None = None
+
+    def resume(self, positions: dict[str, int]) -> None:
+        """These positions were written before; what is behind them may not be deleted yet."""
+        self._positions = dict(positions)
+
+    def count(self, **counts: int) -> None:
+        """Add to the counters of the group."""
+        with self._changed:
+            self._counts.update(counts)
+
+    def is_due(self) -> bool:
+        """Whether enough time has passed since the last `follow`."""
+        return time.monotonic() - self._last >= PAUSE
+
+    def follow(self, moved: dict[str, int], number: int, frontier: datetime | None, wait: bool) -> None:
+        """Follow to these positions and window number; with `wait` return when all is written and deleted.
+
+        Raises:
+            LeaseLostError: if another consumer has taken over.
+        """
+        with self._changed:
+            if isinstance(self._error, LeaseLostError):
+                raise self._error
+            self._last = time.monotonic()
+            self._moved.update(moved)
+            self._number, self._frontier = number, frontier
+            if self._thread is None:
+                name = f'minibatch-follower-{self._stream}'
+                self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+            if wait:
+                self._changed.wait_for(lambda: self._error or not (self._pending or self._busy))
+                if self._error is not None:
+                    raise self._error
+
+    def close(self) -> None:
+        """Stop; what was not written is found out again by the next consumer."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def _pending(self) -> bool:
+        return bool(self._moved) or self._number > self._written_number or bool(self._counts)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._closed)
+                if self._closed:
+                    return
+                moved, self._moved = self._moved, {}
+                number, frontier = self._number, self._frontier
+                counts, self._counts = self._counts, Counter()
+                self._busy = True
+            error: Exception | None = None
+            try:
+                self._write(moved, number, frontier, counts)
+                self._written_number, moved, counts = number, {}, Counter()
+                self._retain(number)
+            except (LeaseLostError, PyMongoError) as exc:
+                error = exc
+                logger.debug('could not follow', exc_info=True)
+            with self._changed:
+                self._busy, self._error = False, error
+                if error is not None:
+                    self._moved = {**moved, **self._moved}
+                    self._counts.update(counts)
+                self._changed.notify_all()
+                if isinstance(error, LeaseLostError):
+                    return
+                if error is not None:
+                    self._changed.wait_for(lambda: self._closed, timeout=1.0)
+
+    def _write(self, moved: dict[str, int], number: int, frontier: datetime | None, counts: Counter[str]) -> None:
+        db = self._target.majority
+        store.write_positions(db, self._stream, self._group, self._epoch, moved)
+        self._positions.update(moved)
+        fields: dict[str, Any] = {'number': number}
+        if frontier is not None:
+            fields['frontier'] = frontier
+        store.write_progress(db, self._stream, self._group, self._epoch, fields, dict(counts))
+
+    def _retain(self, number: int) -> None:
+        db = self._target.majority
+        if not self._keep and number > self._deleted_number:
+            store.delete_windows(db, self._stream, self._group, self._deleted_number + 1, number + 1)
+            self._deleted_number = number
+        limits, keep = store.released(db, self._stream, self._group, self._positions)
+        clean = store.mark_processed if keep else store.delete_records
+        for producer, upto in limits.items():
+            cleaned = self._cleaned.get(producer, 0)
+            if upto > cleaned:
+                self._cleaned[producer] = clean(db, self._stream, Span(producer, cleaned, upto))
+        if time.monotonic() - self._read_marked > READ_MARK_PAUSE:
+            store.touch_stream(db, self._stream, clock.now())
+            self._read_marked = time.monotonic()

@@ -1,0 +1,640 @@
+"""Every MongoDB query of the core, and the shape of what is stored.
+
+Collections (see docs/architecture.rst for why):
+
+``stream``    {name, status, created, closed, interval, last_read, format, batchsize, linger, max_age}
+``buffer``    a record batch: {_id, stream, producer, offset, n, created, processed}, and
+
+              - ``data`` when n is 1, else ``batch`` with n documents
+              - ``times``: the n creation times, if they differ; ``created`` is the first of them
+              - ``meta``: n values, if any message has one
+
+              A producer's offsets are 0, 1, 2 ... without gaps; a record batch takes n of them from ``offset`` on.
+``group``     {_id: stream/group, stream, group, lease: {owner, epoch, expires}, fingerprint, keep, number, frontier,
+              windows, messages, expired_unprocessed}; every window up to ``number`` is finished
+``position``  {_id: stream/group/producer, stream, group, producer, offset, epoch, updated}; every message of the
+              producer below ``offset`` is finished
+``window``    {_id: stream/group/number, stream, group, number, spans, n, start, end, status, epoch, attempts, error,
+              created, processed}; spans are [producer, from, to) and go on in ``window_spans`` if there are many
+
+The functions take the database and know nothing of any connection. Those that change what a consumer group owns
+take its `epoch`, and change nothing once another consumer has taken over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+import bson
+from bson import Int64, ObjectId
+from bson.raw_bson import RawBSONDocument
+from pymongo import ReturnDocument, UpdateOne
+from pymongo.collection import Collection
+from pymongo.database import Database
+from pymongo.errors import AutoReconnect, BulkWriteError, DuplicateKeyError
+from pymongo.read_concern import ReadConcern
+
+from .clock import EPOCH, MILLISECOND
+from .errors import LeaseLostError
+
+FORMAT = 1
+MAX_BATCH = 10_000
+MAX_SPANS = 100_000
+VOID_KEPT = timedelta(days=1)
+IDLE_POSITION_KEPT = timedelta(days=1)
+DUPLICATE_KEY = 11000
+
+Doc = dict[str, Any]
+DB = Database[Doc]
+
+
+class Span(NamedTuple):
+    """The messages of one producer from offset `start` up to, not including, `end`."""
+
+    producer: str
+    start: int
+    end: int
+
+
+# --- streams
+
+
+def ensure_indexes(db: DB) -> None:
+    """Create what is missing of the indexes; also on a database that holds messages without offsets."""
+    db.stream.create_index('name', unique=True)
+    db.buffer.create_index(
+        [('stream', 1), ('producer', 1), ('offset', 1)],
+        name='log',
+        unique=True,
+        partialFilterExpression={'offset': {'$exists': True}},
+    )
+    db.buffer.create_index(
+        [('stream', 1), ('processed', 1)], name='without_offset', partialFilterExpression={'offset': None}
+    )
+
+
+def open_stream(db: DB, name: str, options: Doc, now: datetime) -> Doc:
+    """Create the stream if need be, set the options given, and return its document."""
+    created = {'status': 'open', 'created': now, 'format': FORMAT}
+    update: Doc = {'$setOnInsert': created}
+    if options:
+        update['$set'] = options
+    for attempt in range(2):
+        try:
+            doc: Doc = db.stream.find_one_and_update(
+                {'name': name}, update, upsert=True, return_document=ReturnDocument.AFTER
+            )
+            return doc
+        except DuplicateKeyError:  # two upserts at once; the second finds what the first made
+            if attempt:
+                raise
+    raise AssertionError('unreachable')
+
+
+def clear_stream(db: DB, name: str) -> int:
+    """Delete the messages and windows of a stream; positions and numbers go on. Returns the messages deleted."""
+    deleted = count_messages(db, name)
+    db.buffer.delete_many({'stream': name})
+    db.window.delete_many({'stream': name})
+    db.window_spans.delete_many({'stream': name})
+    return deleted
+
+
+def count_messages(db: DB, name: str) -> int:
+    """How many messages of a stream are stored."""
+    total = [{'$match': {'stream': name}}, {'$group': {'_id': None, 'n': {'$sum': {'$ifNull': ['$n', 1]}}}}]
+    return sum(int(doc['n']) for doc in db.buffer.aggregate(total))
+
+
+# --- the log, written
+
+
+def record_batch(
+    stream: str, producer: str, offset: int, datas: Sequence[bytes], times: Sequence[datetime], meta: Sequence[Any]
+) -> RawBSONDocument:
+    """Put encoded messages into one document, without decoding them again."""
+    fields: Doc = {
+        '_id': ObjectId(),
+        'stream': stream,
+        'producer': producer,
+        'offset': Int64(offset),
+        'n': len(datas),
+        'created': times[0],
+        'processed': False,
+    }
+    if times[-1] != times[0]:
+        fields['times'] = list(times)
+    if any(value is not None for value in meta):
+        fields['meta'] = list(meta)
+    if len(datas) == 1:
+        payload = b'\x03data\x00' + datas[0]
+    else:
+        items = b''.join([b'\x03%d\x00%b' % item for item in enumerate(datas)])
+        payload = b'\x04batch\x00' + (len(items) + 5).to_bytes(4, 'little') + items + b'\x00'
+    head = bson.encode(fields)
+    size = len(head) + len(payload)
+    return RawBSONDocument(size.to_bytes(4, 'little') + head[4:-1] + payload + b'\x00')
+
+
+def insert_records(buffer: Collection[Any], records: list[RawBSONDocument]) -> tuple[int, str]:
+    """Insert record batches in order. May be called again with the same ones after an unclear result.
+
+    Returns:
+        How many of them are stored for certain, and why the server refused the next one, or ''.
+    """
+    done = 0
+    while done < len(records):
+        try:
+            buffer.insert_many(records[done:])
+            return len(records), ''
+        except BulkWriteError as exc:
+            if not exc.details['writeErrors']:
+                raise
+            error = exc.details['writeErrors'][0]
+            done += error['index']
+            if error['code'] != DUPLICATE_KEY or not _is_stored(buffer, records[done]):
+                return done, error['errmsg']
+            done += 1
+    return done, ''
+
+
+def _is_stored(buffer: Collection[Any], record: RawBSONDocument) -> bool:
+    query = {'_id': record['_id']}
+    if buffer.find_one(query, {'_id': 1}) is not None:
+        return True
+    if buffer.with_options(read_concern=ReadConcern('local')).find_one(query, {'_id': 1}) is not None:
+        raise AutoReconnect('an insert has not reached the majority yet')
+    return False
+
+
+def adopt_without_offset(db: DB, stream: str, producer: str, next_offset: int, limit: int = 1000) -> int:
+    """Give messages that were stored without an offset a place in the log. Returns how many were found."""
+    ids = [doc['_id'] for doc in _without_offset(db, stream, limit)]
+    if ids:
+        db.buffer.bulk_write([
+            UpdateOne(
+                {'_id': id_, 'offset': None},
+                {'$set': {'producer': producer, 'offset': Int64(next_offset + i), 'n': 1}},
+            )
+            for i, id_ in enumerate(ids)
+        ])
+    return len(ids)
+
+
+def has_without_offset(db: DB, stream: str) -> bool:
+    """Whether messages wait that were stored without an offset."""
+    return any(_without_offset(db, stream, 1))
+
+
+def _without_offset(db: DB, stream: str, limit: int) -> Iterable[Doc]:
+    found = db.buffer.find({'stream': stream, 'offset': None, 'processed': {'$ne': True}}, {'_id': 1})
+    return found.sort('_id', 1).limit(limit)
+
+
+def unbatch(db: DB, span: Span, stream: str) -> int:
+    """Replace record batches by one document a message, in place. Returns how many record batches there were.
+
+    First the messages after the first one are inserted at their offsets, from the last one down, then the record
+    batch is reduced to its first message. Thus the record batch just below an offset always has its message, also
+    after a crash half way, and it can be done again.
+    """
+    batches = 0
+    for doc in db.buffer.find({**_log_range(stream, span), 'n': {'$gt': 1}}):
+        base = {key: doc[key] for key in ('stream', 'producer', 'processed')}
+        singles = []
+        for i, data in enumerate(doc['batch']):
+            single = {**base, 'offset': Int64(doc['offset'] + i), 'n': 1, 'created': _times(doc)[i], 'data': data}
+            singles.append({**single, 'meta': [doc['meta'][i]]} if 'meta' in doc else single)
+        rest = _log_range(stream, Span(doc['producer'], singles[0]['offset'] + 1, singles[-1]['offset'] + 1))
+        present = {other['offset'] for other in db.buffer.find(rest, {'offset': 1})}
+        missing = [single for single in reversed(singles[1:]) if single['offset'] not in present]
+        if missing:
+            db.buffer.insert_many(missing)
+        db.buffer.update_one({'_id': doc['_id']}, {'$set': singles[0], '$unset': {'batch': 1, 'times': 1}})
+        batches += 1
+    return batches
+
+
+# --- the log, read
+
+
+def log_ends(db: DB, stream: str) -> dict[str, int]:
+    """For each producer with records: the offset after its last message. One step of the index per producer."""
+    last = [
+        {'$match': {'stream': stream, 'offset': {'$gte': 0}}},
+        {'$sort': {'producer': -1, 'offset': -1}},
+        {'$group': {'_id': '$producer', 'offset': {'$first': '$offset'}, 'n': {'$first': '$n'}}},
+    ]
+    found = db.buffer.aggregate(last, batchSize=10_000)
+    return dict(sorted((doc['_id'], int(doc['offset']) + int(doc['n'])) for doc in found))
+
+
+def first_kept(db: DB, stream: str, producer: str, offset: int) -> int | None:
+    """The first offset from `offset` on whose message is still stored."""
+    doc = db.buffer.find_one(
+        {'stream': stream, 'producer': producer, 'offset': {'$gte': offset}}, {'offset': 1}, sort=[('offset', 1)]
+    )
+    if doc is not None and doc['offset'] == offset:
+        return offset
+    around = _record_around(db, stream, producer, offset)
+    if around is not None and around['offset'] + around['n'] > offset:
+        return offset
+    return None if doc is None else int(doc['offset'])
+
+
+def read_records(db: DB, stream: str, span: Span) -> list[Doc]:
+    """The record batches that hold the messages of a span, in order; the outer ones may hold more."""
+    if span.start >= span.end:
+        return []
+    fields = {'_id': 0, 'stream': 0, 'producer': 0, 'processed': 0}
+    found = list(db.buffer.find(_log_range(stream, span), fields, batch_size=5000).sort('offset', 1))
+    if not found or found[0]['offset'] != span.start:
+        around = _record_around(db, stream, span.producer, span.start, fields)
+        found = [around, *found] if around is not None else found
+    return found
+
+
+def read_times(db: DB, stream: str, span: Span, limit: int = 5000) -> Iterator[tuple[int, int, list[datetime]]]:
+    """(offset, n, creation times) of at most `limit` record batches of a span, in order, without their data."""
+    fields = {'_id': 0, 'offset': 1, 'n': 1, 'created': 1, 'times': 1}
+    around = _record_around(db, stream, span.producer, span.start, fields)
+    if around is not None and around['offset'] + around['n'] > span.start and around['n'] > 1:
+        yield int(around['offset']), int(around['n']), _times(around)
+    found = db.buffer.find(_log_range(stream, span), fields, batch_size=5000).sort('offset', 1).limit(limit)
+    for doc in found:
+        yield int(doc['offset']), int(doc['n']), _times(doc)
+
+
+def read_documents(db: DB, stream: str, spans: Iterable[Span]) -> list[Doc]:
+    """The whole documents of spans whose messages are stored one by one."""
+    return [doc for span in spans for doc in db.buffer.find(_log_range(stream, span)).sort('offset', 1)]
+
+
+def times_of(record: Doc) -> list[datetime]:
+    """The creation time of each message of a record batch."""
+    return _times(record)
+
+
+def _times(doc: Doc) -> list[datetime]:
+    return doc.get('times') or [doc['created']] * int(doc.get('n', 1))
+
+
+def _log_range(stream: str, span: Span) -> Doc:
+    return {'stream': stream, 'producer': span.producer, 'offset': {'$gte': span.start, '$lt': span.end}}
+
+
+def _record_around(db: DB, stream: str, producer: str, offset: int, fields: Any = None) -> Doc | None:
+    # Bounded below: entries of deleted documents would make an open search slow.
+    before = _log_range(stream, Span(producer, offset - MAX_BATCH, offset))
+    return db.buffer.find_one(before, fields, sort=[('offset', -1)])
+
+
+# --- the lease of a consumer group
+
+
+def group_id(stream: str, group: str) -> str:
+    return f'{stream}/{group}'
+
+
+def find_group(db: DB, stream: str, group: str) -> Doc | None:
+    """The document of a consumer group."""
+    return db.group.find_one({'_id': group_id(stream, group)})
+
+
+def groups_of(db: DB, stream: str) -> list[Doc]:
+    """The consumer groups of a stream."""
+    return list(db.group.find({**_prefix(f'{stream}/'), 'stream': stream}))
+
+
+def take_lease(db: DB, stream: str, group: str, owner: Doc, seconds: float, instead_of: str, fields: Doc) -> Doc | None:
+    """Take the lease with the next epoch if it is free, or held by the owner with the token `instead_of`.
+
+    Returns the group's document as it is then, with ``taken``, the server's time, and ``clean``, whether the owner
+    before (if any) had finished and released it; None if the lease is held.
+    """
+    id_ = group_id(stream, group)
+    identity = {'stream': stream, 'group': group, 'number': 0}
+    try:
+        db.group.update_one({'_id': id_}, {'$setOnInsert': identity}, upsert=True)
+    except DuplicateKeyError:
+        pass  # made by another consumer at the same moment
+    free = [
+        {'$lte': [{'$ifNull': ['$lease.expires', EPOCH]}, '$$NOW']},
+        {'$eq': ['$lease.owner.token', {'$literal': instead_of}]},
+    ]
+    lease = {
+        'owner': {'$literal': owner},
+        'epoch': {'$add': [{'$ifNull': ['$lease.epoch', 0]}, 1]},
+        'expires': _seconds_from_now(seconds),
+    }
+    clean = {'$eq': [{'$ifNull': ['$lease.expires', EPOCH]}, EPOCH]}
+    taken = {'lease': lease, 'taken': '$$NOW', 'clean': clean, **{key: {'$literal': value} for key, value in fields.items()}}
+    return db.group.find_one_and_update(
+        {'_id': id_, '$expr': {'$or': free}}, [{'$set': taken}], return_document=ReturnDocument.AFTER
+    )
+
+
+def renew_lease(db: DB, stream: str, group: str, epoch: int, seconds: float) -> datetime:
+    """Extend the lease; returns the server's time.
+
+    Raises:
+        LeaseLostError: if another consumer has the lease.
+    """
+    doc = db.group.find_one_and_update(
+        {'_id': group_id(stream, group), 'lease.epoch': epoch},
+        [{'$set': {'lease.expires': _seconds_from_now(seconds)}}],
+        return_document=ReturnDocument.AFTER,
+        projection={'lease.expires': 1},
+    )
+    if doc is None:
+        raise LeaseLostError
+    expires: datetime = doc['lease']['expires']
+    return expires - timedelta(seconds=seconds)
+
+
+def release_lease(db: DB, stream: str, group: str, epoch: int, clean: bool) -> None:
+    """Give the lease up, so that the next consumer need not wait; `clean` if no write of ours can be under way."""
+    expires = EPOCH if clean else EPOCH + MILLISECOND
+    db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, {'$set': {'lease.expires': expires}})
+
+
+def _seconds_from_now(seconds: float) -> Doc:
+    return {'$add': ['$$NOW', int(seconds * 1000)]}
+
+
+# --- windows
+
+
+def window_id(stream: str, group: str, number: int) -> str:
+    return f'{stream}/{group}/{number:012d}'
+
+
+def next_number(db: DB, stream: str, group: str, first: int) -> int:
+    """The number after the last window from number `first` on."""
+    last = db.window.find_one(_windows(stream, group, first), {'number': 1}, sort=[('_id', -1)])
+    return first if last is None else int(last['number']) + 1
+
+
+def fence(db: DB, stream: str, group: str, epoch: int, number: int, now: datetime) -> int:
+    """Insert a void window at the first free number from `number` on, and return the number after it.
+
+    A consumer that lost its lease without noticing inserts its windows at contiguous numbers, in order: it must
+    meet the void window, and stops there.
+    """
+    while True:
+        void = {
+            '_id': window_id(stream, group, number),
+            'stream': stream,
+            'group': group,
+            'number': number,
+            'status': 'void',
+            'epoch': epoch,
+            'created': now,
+            'processed': True,
+        }
+        try:
+            db.window.insert_one(void)
+            return number + 1
+        except DuplicateKeyError:
+            number += 1
+
+
+def adopt_windows(db: DB, stream: str, group: str, epoch: int, first: int, end: int) -> list[Doc]:
+    """Make the open windows from number `first` to below `end` ours; returns all windows there, in order."""
+    numbers = _windows(stream, group, first, end)
+    db.window.update_many({**numbers, 'status': 'open'}, {'$set': {'epoch': epoch}})
+    docs = list(db.window.find({**numbers, 'status': {'$ne': 'void'}}).sort('_id', 1))
+    for doc in docs:
+        doc['spans'] = all_spans(db, doc)
+    return docs
+
+
+def claim_windows(db: DB, docs: list[Doc], epoch: int) -> None:
+    """Insert windows in order, before they are dispatched. May be called again after an unclear result.
+
+    Raises:
+        LeaseLostError: if a number is taken by another consumer.
+    """
+    parts = [part for doc in docs for part in _split_spans(doc)]
+    if parts:
+        db.window_spans.bulk_write([UpdateOne({'_id': p['_id']}, {'$set': p}, upsert=True) for p in parts])
+    while docs:
+        try:
+            db.window.insert_many(docs)
+            return
+        except BulkWriteError as exc:
+            error = exc.details['writeErrors'][0]
+            if error['code'] != DUPLICATE_KEY:
+                raise
+            at = error['index']
+            ours = db.window.find_one({'_id': docs[at]['_id'], 'epoch': epoch, 'status': 'open'}, {'_id': 1})
+            if ours is None:
+                raise LeaseLostError from None
+            docs = docs[at + 1 :]
+
+
+def commit_windows(db: DB, ids: list[str], epoch: int) -> None:
+    """Make open windows processed.
+
+    Raises:
+        LeaseLostError: if one of them is no longer ours.
+    """
+    ours = {'_id': {'$in': ids}, 'epoch': epoch}
+    result = db.window.update_many({**ours, 'status': 'open'}, {'$set': {'status': 'processed', 'processed': True}})
+    if result.matched_count < len(ids) and db.window.count_documents({**ours, 'status': 'processed'}) < len(ids):
+        raise LeaseLostError
+
+
+def retry_windows(db: DB, errors: dict[str, str], epoch: int) -> None:
+    """Write, before they are tried again, that an attempt at each of these windows failed, and why."""
+    db.window.bulk_write(
+        [
+            UpdateOne({'_id': id_, 'epoch': epoch, 'status': 'open'}, {'$inc': {'attempts': 1}, '$set': {'error': error}})
+            for id_, error in errors.items()
+        ],
+        ordered=False,
+    )
+
+
+def delete_windows(db: DB, stream: str, group: str, first: int, end: int) -> None:
+    """Delete the processed windows from number `first` to below `end`."""
+    numbers = _windows(stream, group, first, end)
+    db.window.delete_many({**numbers, 'status': 'processed'})
+    db.window_spans.delete_many(numbers)
+
+
+def sweep_windows(db: DB, stream: str, group: str, upto: int, now: datetime) -> None:
+    """Delete what crashes left behind: unfinished claims that nobody may own, and void windows of long ago."""
+    below = _windows(stream, group, 0, upto + 1)
+    db.window.delete_many({**below, 'status': 'open'})
+    db.window.delete_many({**below, 'status': 'void', 'created': {'$lt': now - VOID_KEPT}})
+
+
+def all_spans(db: DB, doc: Doc) -> list[Span]:
+    """The spans of a window, also those that did not fit into its document."""
+    spans = [Span(*span) for span in doc.get('spans') or ()]
+    if doc.get('parts'):
+        for part in db.window_spans.find({'_id': {'$in': _part_ids(doc)}}).sort('_id', 1):
+            spans += [Span(*span) for span in part['spans']]
+    return spans
+
+
+def _split_spans(doc: Doc) -> list[Doc]:
+    spans = doc['spans']
+    if len(spans) <= MAX_SPANS:
+        return []
+    doc['spans'] = spans[:MAX_SPANS]
+    doc['parts'] = -(-len(spans) // MAX_SPANS) - 1
+    same = {key: doc[key] for key in ('stream', 'group', 'number')}
+    return [
+        {'_id': id_, **same, 'spans': spans[(i + 1) * MAX_SPANS : (i + 2) * MAX_SPANS]}
+        for i, id_ in enumerate(_part_ids(doc))
+    ]
+
+
+def _part_ids(doc: Doc) -> list[str]:
+    return [f'{doc["_id"]}+{part:06d}' for part in range(doc['parts'])]
+
+
+def _windows(stream: str, group: str, first: int, end: int | None = None) -> Doc:
+    id_range = {'$gte': window_id(stream, group, first)}
+    id_range['$lt'] = f'{stream}/{group}0' if end is None else window_id(stream, group, end)
+    return {'_id': id_range, 'stream': stream, 'group': group}
+
+
+# --- positions and progress
+
+
+def read_positions(db: DB, stream: str, group: str) -> dict[str, int]:
+    """The position of a group in the log of each producer."""
+    found = db.position.find({**_prefix(f'{stream}/{group}/'), 'stream': stream, 'group': group})
+    return {doc['producer']: int(doc['offset']) for doc in found}
+
+
+def write_positions(db: DB, stream: str, group: str, epoch: int, moved: dict[str, int]) -> None:
+    """Write the positions that have moved.
+
+    Raises:
+        LeaseLostError: if another consumer has written them since.
+    """
+    if not moved:
+        return
+    identity = {'stream': stream, 'group': group}
+    try:
+        db.position.bulk_write(
+            [
+                UpdateOne(
+                    {'_id': f'{stream}/{group}/{producer}', 'epoch': {'$lte': epoch}},
+                    {
+                        '$set': {**identity, 'producer': producer, 'offset': Int64(offset), 'epoch': epoch},
+                        '$currentDate': {'updated': True},
+                    },
+                    upsert=True,
+                )
+                for producer, offset in moved.items()
+            ],
+            ordered=False,
+        )
+    except BulkWriteError as exc:
+        if any(error['code'] == DUPLICATE_KEY for error in exc.details['writeErrors']):
+            raise LeaseLostError from None
+        raise
+
+
+def prune_positions(db: DB, stream: str, group: str, alive: Iterable[str], now: datetime) -> None:
+    """Forget the positions of producers that have no records and were idle for a day."""
+    idle = {'updated': {'$lt': now - IDLE_POSITION_KEPT}, 'producer': {'$nin': list(alive)}}
+    db.position.delete_many({**_prefix(f'{stream}/{group}/'), 'stream': stream, 'group': group, **idle})
+
+
+def write_progress(db: DB, stream: str, group: str, epoch: int, fields: Doc, counts: Doc) -> None:
+    """Write, after the positions, up to which number all windows are finished, and count them.
+
+    Raises:
+        LeaseLostError: if another consumer has the lease.
+    """
+    update: Doc = {'$set': fields}
+    if counts:
+        update['$inc'] = counts
+    result = db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, update)
+    if result.matched_count == 0:
+        raise LeaseLostError
+
+
+# --- retention
+
+
+def released(db: DB, stream: str, group: str, positions: dict[str, int]) -> tuple[dict[str, int], bool]:
+    """Up to which offset every group is finished with each producer, and whether a group keeps what it processed."""
+    limits = dict(positions)
+    keep = False
+    for other in groups_of(db, stream):
+        keep = keep or bool(other.get('keep'))
+        if other['group'] != group:
+            theirs = read_positions(db, stream, other['group'])
+            limits = {producer: min(offset, theirs.get(producer, 0)) for producer, offset in limits.items()}
+    return limits, keep
+
+
+def delete_records(db: DB, stream: str, span: Span) -> int:
+    """Delete the record batches that lie wholly within a span; returns where the span is deleted up to."""
+    whole = _whole_batches(db, stream, span)
+    db.buffer.delete_many(_log_range(stream, whole))
+    return whole.end
+
+
+def mark_processed(db: DB, stream: str, span: Span) -> int:
+    """Mark the record batches that lie wholly within a span as processed; returns where they are up to."""
+    whole = _whole_batches(db, stream, span)
+    db.buffer.update_many(_log_range(stream, whole), {'$set': {'processed': True}})
+    return whole.end
+
+
+def delete_older(db: DB, stream: str, before: datetime) -> int:
+    """Delete the messages created before a time, whole record batches from the oldest on. Returns how many.
+
+    A record batch stays until its youngest message is that old.
+    """
+    deleted = 0
+    for producer, end in log_ends(db, stream).items():
+        start = first_kept(db, stream, producer, 0)
+        if start is None:
+            continue
+        upto = start
+        for offset, n, times in read_times(db, stream, Span(producer, start, end), limit=0):
+            if times[-1].replace(tzinfo=before.tzinfo) >= before:
+                break
+            upto = offset + n
+        db.buffer.delete_many(_log_range(stream, Span(producer, start, upto)))
+        deleted += upto - start
+    old = {'stream': stream, 'offset': None, 'created': {'$lt': before}}
+    return deleted + db.buffer.delete_many(old).deleted_count
+
+
+def touch_stream(db: DB, stream: str, now: datetime) -> None:
+    """Write when the stream was last read."""
+    db.stream.update_one({'name': stream}, {'$set': {'last_read': now}})
+
+
+def _whole_batches(db: DB, stream: str, span: Span) -> Span:
+    last = _record_around(db, stream, span.producer, span.end, {'offset': 1, 'n': 1})
+    cut = last is not None and last['offset'] + last['n'] > span.end
+    return span._replace(end=int(last['offset'])) if last is not None and cut else span
+
+
+def _prefix(prefix: str) -> Doc:
+    return {'_id': {'$gte': prefix, '$lt': prefix[:-1] + chr(ord(prefix[-1]) + 1)}}
+
+
+# --- news
+
+
+def watch_inserts(db: DB, max_wait: float) -> Any:
+    """A change stream of the inserts into the log: each event has the name of the stream only."""
+    events = [
+        {'$match': {'operationType': 'insert'}},
+        {'$project': {'_id': 1, 'fullDocument.stream': 1}},
+    ]
+    return db.buffer.watch(events, max_await_time_ms=int(max_wait * 1000), batch_size=1000)

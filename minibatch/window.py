@@ -1,0 +1,419 @@
+"""The emitters: which messages make a window.
+
+`CountWindow`, `FixedTimeWindow` and `RelaxedTimeWindow` plan from what the log says of itself (how far each producer
+has come, and when messages were created), without reading a message. Planning is pure: the time is an argument.
+
+A subclass of `WindowEmitter` of your own picks the messages itself, see there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue as queues
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Protocol
+
+from . import clock, store
+from .consumer import Consumer
+from .errors import ArgumentError
+from .models import Buffer, Stream, Window, check_name, check_options
+from .store import Span
+
+
+class Log(Protocol):
+    """What an emitter knows of a stream."""
+
+    frontier: datetime | None
+    """Up to when windows were planned, in time windows; emitters move it."""
+
+    def waiting(self) -> list[Span]:
+        """What is not yet in a window, of each producer that has something, oldest producer first."""
+
+    def times(self, span: Span) -> Iterator[tuple[int, int, list[datetime]]]:
+        """(offset, n, creation times) of the first record batches of a span."""
+
+
+@dataclass
+class WindowPlan:
+    """A window that is due. `picked`, `query_args` and `argument` belong to emitters that pick messages."""
+
+    spans: list[Span]
+    start: datetime | None = None
+    end: datetime | None = None
+    picked: list[Any] = field(default_factory=list)
+    query_args: Sequence[Any] = ()
+    argument: Any = None
+
+    @property
+    def n(self) -> int:
+        return sum(span.end - span.start for span in self.spans)
+
+
+class WindowEmitter:
+    """Cuts a stream into windows, and runs the loop that processes them.
+
+    Subclass it to pick messages your own way, out of order if you like. These methods are called, in this order:
+
+    - ``window_ready()`` returns ``(ready, query_args)``: whether there is a window, and what `query` needs for it
+    - ``query(*query_args)`` returns the `Buffer` objects of the window
+    - ``process(objs)`` returns what the function is called with, by default a window of these messages
+    - ``emit(window)`` calls the function, by default through the executor
+    - ``forward(data)`` gives the result to the sink
+    - ``commit(objs, window)`` acknowledges the messages: by default deletes them, or marks them as processed
+    - ``timestamp(query_args)`` notes on the stream that it was read
+    - ``undo(objs, window)`` is called instead of the last three when one of them or the function fails
+    - ``sleep()`` waits when no window is ready
+
+    A message counts as processed when its `Buffer` is deleted or has ``processed=True``; there can be no second
+    consumer group beside such an emitter, because they would share that mark.
+
+    Args:
+        stream_name: the stream to read.
+        interval: seconds between windows; what it means is the subclass's choice.
+        size: messages per window; what it means is the subclass's choice.
+        emitfn: the function, called with each window; without it the window itself is the result.
+        processfn: makes, from a list of `Buffer` objects, what `emitfn` is called with.
+        forwardfn: called with each result, in this process.
+        emit_empty: whether windows without messages are emitted.
+        executor: class or instance of anything with ``submit(fn)``, see `minibatch.abc.Executor`.
+        max_workers: how many worker processes, or how many calls of `executor` at once; all CPUs by default.
+        stream: the `Stream` to read, if it is open already.
+        stream_url: the MongoDB URL.
+        queue: a queue; a true item in it stops the loop.
+        group: the consumer group.
+        keep: whether messages and windows stay stored after they were processed.
+        lease: seconds after which another consumer of the group takes over when this one is silent.
+        source: attached to the stream while this consumer has the lease.
+        cnx_kwargs: further options of `pymongo.MongoClient`.
+    """
+
+    emits_empty = False
+    wakes_on_append = True
+
+    def __init__(
+        self,
+        stream_name: str,
+        interval: float | None = None,
+        size: int | None = None,
+        processfn: Callable[..., Any] | None = None,
+        emitfn: Callable[..., Any] | None = None,
+        emit_empty: bool | None = None,
+        executor: Any = None,
+        max_workers: int | None = None,
+        stream: Stream | None = None,
+        stream_url: str | None = None,
+        forwardfn: Callable[[Any], Any] | None = None,
+        queue: Any = None,
+        group: str = 'default',
+        keep: bool = False,
+        lease: float = 10.0,
+        source: Any = None,
+        cnx_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        check_name('the name of a stream', stream_name)
+        check_name('group', group, forbidden='\0/')
+        numbers = {'size': size, 'interval': interval, 'workers': max_workers, 'lease': lease}
+        check_options({name: value for name, value in numbers.items() if value is not None})
+        for name, fn in {'emitfn': emitfn, 'processfn': processfn, 'forwardfn': forwardfn}.items():
+            if fn is not None and not callable(fn):
+                raise ArgumentError(f'{name} must be callable, not {fn!r}')
+        self.stream_name, self.group, self.lease = stream_name, group, lease
+        self.size, self.interval = size, interval if interval is not None else size
+        self.processfn, self.emitfn, self.forwardfn = processfn, emitfn, forwardfn
+        self.emit_empty = self.emits_empty if emit_empty is None else emit_empty
+        self.executor, self.max_workers = executor, max_workers
+        self.queue, self.source = queue, source
+        self._stream, self._stream_url, self._cnx_kwargs = stream, stream_url, cnx_kwargs
+        self._keep = keep
+        self._stop = self._stop_at_once = False
+        self._thread: threading.Thread | None = None
+        self._consumer = Consumer(self)
+
+    # --- running
+
+    @property
+    def stream(self) -> Stream:
+        """The stream, opened on first use."""
+        if self._stream is None:
+            self._stream = Stream.get_or_create(
+                self.stream_name, url=self._stream_url, cnx_kwargs=self._cnx_kwargs
+            )
+        return self._stream
+
+    def run(self, blocking: bool = True) -> None:
+        """Process windows until stopped by `stop`, by the queue, or, on the main thread, by SIGTERM or Ctrl-C.
+
+        What is in flight is finished first. With ``blocking=False`` do one round, as `_run_once` does.
+        """
+        if blocking:
+            self._consumer.run()
+        else:
+            self._run_once()
+
+    def _run_once(self) -> int:
+        """Process what is due now; returns how many windows were committed.
+
+        Takes the lease, and releases it. If another consumer has it, nothing is done. A window that fails is not
+        tried again in this round.
+        """
+        return self._consumer.run_once()
+
+    def start(self) -> None:
+        """Process windows in a thread of this process, until `stop`."""
+        if self._thread is not None and self._thread.is_alive():
+            raise ArgumentError(f'the consumer of {self.stream_name!r} has been started already')
+        self._stop = False
+        self._thread = threading.Thread(target=self._consumer.run, name=f'minibatch-{self.stream_name}', daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout: float = 60.0) -> None:
+        """Claim no more windows, finish those in flight, and wait up to `timeout` seconds until that is done."""
+        self._stop = True
+        self._consumer.wake()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def should_stop(self) -> bool:
+        """Whether to stop: after `stop`, or when a true item came through the queue. Called again and again."""
+        if self.queue is not None and not self._stop:
+            with contextlib.suppress(queues.Empty):
+                self._stop = bool(self.queue.get(False))
+        return self._stop
+
+    def persist(self, flag: bool = True) -> None:
+        """Keep messages and windows after they were processed, marked as processed."""
+        self._keep = flag
+
+    @property
+    def keep(self) -> bool:
+        """Whether messages and windows stay stored after they were processed."""
+        return self._keep
+
+    def check_portable(self) -> None:
+        """Raise `PortabilityError`, naming the variable, if the function cannot be sent to a worker process."""
+        self._consumer.check_portable()
+
+    def describe(self) -> str:
+        """What consumers of the same group must have in common."""
+        return f'{type(self).__name__}(size={self.size}, interval={self.interval})'
+
+    # --- planning, for the consumer
+
+    @property
+    def picks(self) -> bool:
+        """Whether this emitter picks messages itself instead of planning from the log."""
+        return type(self).plan is WindowEmitter.plan or self.overrides('window_ready')
+
+    def overrides(self, name: str) -> bool:
+        """Whether a subclass has its own method of this name."""
+        return getattr(type(self), name) is not getattr(WindowEmitter, name)
+
+    def plan(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
+        """The windows that are due, at most `limit`, in order; each continues where the one before ended."""
+        raise ArgumentError(f'{type(self).__name__} must define window_ready and query, or plan')
+
+    def next_due(self) -> datetime | None:
+        """When a window will be due even if nothing is appended."""
+        return None
+
+    def pick(self) -> WindowPlan | None:
+        """Ask the subclass for its next window."""
+        ready, query_args = self.window_ready()
+        if not ready:
+            return None
+        picked = list(self.query(*query_args))
+        return WindowPlan(spans_of(picked), picked=picked, query_args=query_args, argument=self.prepare(picked))
+
+    def prepare(self, picked: list[Any]) -> Any:
+        """What the function is called with, or None for the window itself."""
+        return self.process(picked) if self.processfn or self.overrides('process') else None
+
+    # --- the protocol
+
+    def window_ready(self) -> tuple[bool, Sequence[Any]]:
+        raise ArgumentError(f'{type(self).__name__} must define window_ready')
+
+    def query(self, *query_args: Any) -> Any:
+        raise ArgumentError(f'{type(self).__name__} must define query')
+
+    def process(self, objs: Sequence[Any]) -> Any:
+        if self.processfn is not None:
+            return self.processfn(objs)
+        return Window(stream=self.stream_name, data=[obj.data for obj in objs])
+
+    def emit(self, window: Any) -> Any:
+        return window if self.emitfn is None else self.emitfn(window)
+
+    def forward(self, data: Any) -> None:
+        if self.forwardfn is not None:
+            self.forwardfn(data)
+
+    def commit(self, objs: Sequence[Any], window: Any) -> None:
+        for obj in objs:
+            if self._keep:
+                obj.modify(processed=True)
+            else:
+                obj.delete()
+
+    def timestamp(self, query_args: Sequence[Any]) -> None:
+        store.touch_stream(self.stream.target.majority, self.stream_name, clock.now())
+
+    def undo(self, objs: Sequence[Any], window: Any) -> None:
+        """Nothing by default: the messages are not marked before they are committed."""
+
+    def sleep(self) -> None:
+        self._consumer.wait()
+
+
+def spans_of(objs: Sequence[Buffer]) -> list[Span]:
+    """The places of messages in the log, in the order of `objs`, neighbours joined."""
+    spans: list[Span] = []
+    for obj in objs:
+        if spans and spans[-1].producer == obj.producer and spans[-1].end == obj.offset:
+            spans[-1] = spans[-1]._replace(end=obj.offset + 1)
+        else:
+            spans.append(Span(obj.producer, obj.offset, obj.offset + 1))
+    return spans
+
+
+class CountWindow(WindowEmitter):
+    """Windows of exactly `size` messages.
+
+    Without `size`, `interval` is taken as the number of messages.
+    """
+
+    def __init__(self, stream_name: str, size: int | None = None, interval: float | None = None, **options: Any) -> None:
+        size = size if size is not None else 1 if interval is None else interval  # type: ignore[assignment]
+        super().__init__(stream_name, size=size, interval=interval, **options)
+        self._next_producer = ''
+
+    def plan(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
+        waiting = log.waiting()
+        # No producer waits for ever behind one that is faster than we are.
+        waiting.sort(key=lambda span: (span.producer < self._next_producer, span.producer))
+        size = int(self.size or 1)
+        count = min(sum(span.end - span.start for span in waiting) // size, limit)
+        plans: list[WindowPlan] = []
+        spans: list[Span] = []
+        need = size
+        for producer, start, end in waiting:
+            while start < end and len(plans) < count:
+                cut = min(start + need, end)
+                spans.append(Span(producer, start, cut))
+                need -= cut - start
+                start = cut
+                if need == 0:
+                    plans.append(WindowPlan(spans))
+                    spans, need = [], size
+                    self._next_producer = producer + '\0'
+        return plans
+
+
+class RelaxedTimeWindow(WindowEmitter):
+    """Every `interval` seconds a window of all messages since the last one."""
+
+    wakes_on_append = False
+
+    def plan(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
+        step = self._step()
+        waiting = log.waiting()
+        if log.frontier is None:
+            log.frontier = first_time(log, waiting, now)
+        self._due = log.frontier + step
+        if now < self._due or limit < 1:
+            return []
+        start, log.frontier = log.frontier, now
+        self._due = now + step
+        return [WindowPlan(waiting, start, now)] if waiting or self.emit_empty else []
+
+    def next_due(self) -> datetime | None:
+        return self._due
+
+    _due: datetime | None = None
+
+    def _step(self) -> timedelta:
+        seconds = self.interval or self.stream.interval
+        if not seconds:
+            raise ArgumentError(f'interval= is missing, the seconds between the windows of {self.stream_name!r}')
+        return timedelta(seconds=seconds)
+
+
+class FixedTimeWindow(RelaxedTimeWindow):
+    """A window for every `interval` seconds, [start, start + interval), also if there is nothing in it.
+
+    A message belongs to the window of the time it was created. If that window is closed, or a producer's clock goes
+    backwards, it belongs to the next one; if the producer's clock is ahead, to that of the time it was first seen.
+    """
+
+    emits_empty = True
+
+    def __init__(self, stream_name: str, interval: float | None = None, **options: Any) -> None:
+        super().__init__(stream_name, interval=interval, **options)
+        self._seen: dict[str, _Seen] = {}
+
+    def plan(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
+        step = self._step()
+        waiting = log.waiting()
+        if log.frontier is None:
+            log.frontier = clock.window_start(first_time(log, waiting, now), step.total_seconds())
+        plans = []
+        while log.frontier + step <= now and len(plans) < limit:
+            start, end = log.frontier, log.frontier + step
+            spans = [self._cut(log, span, end, now) for span in waiting]
+            waiting = [span._replace(start=cut.end) for span, cut in zip(waiting, spans) if cut.end < span.end]
+            spans = [span for span in spans if span.start < span.end]
+            if spans or self.emit_empty:
+                plans.append(WindowPlan(spans, start, end))
+            log.frontier = end
+        self._due = log.frontier + step
+        return plans
+
+    def _cut(self, log: Log, span: Span, end: datetime, now: datetime) -> Span:
+        """The messages of `span` that belong before `end`."""
+        seen = self._seen.setdefault(span.producer, _Seen(span.start))
+        return span._replace(end=seen.cut(log, span, end, now))
+
+
+class _Seen:
+    """The times of the messages of one producer, read ahead of the windows: never backwards, never in the future."""
+
+    def __init__(self, offset: int) -> None:
+        self._until = offset
+        self._runs: list[tuple[int, datetime]] = []  # (offset after the run, time of its messages)
+        self._latest = clock.EPOCH
+
+    def cut(self, log: Log, span: Span, end: datetime, now: datetime) -> int:
+        if self._until < span.start:
+            self._until, self._runs = span.start, []
+        offset = span.start
+        while True:
+            for i, (after, time) in enumerate(self._runs):
+                if time >= end:
+                    del self._runs[:i]
+                    return offset
+                offset = max(offset, min(after, span.end))
+            self._runs = []
+            if self._until >= span.end or not self._read(log, span._replace(start=self._until), now):
+                return span.end if self._until >= span.end else offset
+
+    def _read(self, log: Log, span: Span, now: datetime) -> bool:
+        before = self._until
+        for offset, _, times in log.times(span):
+            for after, time in enumerate(times, offset + 1):
+                if self._until < after <= span.end:
+                    self._latest = max(self._latest, min(clock.aware(time), now))
+                    self._until = after
+                    if self._runs and self._runs[-1][1] == self._latest:
+                        self._runs[-1] = after, self._latest
+                    else:
+                        self._runs.append((after, self._latest))
+        return self._until > before
+
+
+def first_time(log: Log, waiting: list[Span], now: datetime) -> datetime:
+    """The creation time of the oldest message that waits, or `now`."""
+    times = [times[0] for span in waiting for _, _, times in log.times(span._replace(end=span.start + 1))]
+    return min([now, *map(clock.aware, times)])

@@ -1,0 +1,214 @@
+"""What runs in the pool: load the windows of a task, call the function, say what became of each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import cloudpickle
+import loky
+
+from . import marshaller, store
+from .abc import Completion
+from .connection import Target
+from .errors import DataError, MinibatchError
+from .marshaller import Portable
+from .models import MessageWindow, Window
+from .store import Span
+
+REREAD_PAUSES = (0.05, 0.2, 0.5)
+PARENT_CHECK = 0.5
+
+
+@dataclass(frozen=True)
+class Work:
+    """One window to do; `argument`, if there is one, is what the function gets instead of the window."""
+
+    id: str
+    number: int
+    created: datetime
+    start: datetime | None
+    end: datetime | None
+    attempt: int
+    spans: list[Span]
+    argument: Any = None
+
+
+@dataclass
+class Outcome:
+    """What became of one window: its result, or the error and who raised it, the function or the loading."""
+
+    number: int
+    result: Any = None
+    pickled: bool = False
+    error: str = ''
+    traceback: str = ''
+    by_function: bool = False
+    missing: int = 0
+    seconds: float = 0.0
+
+    @property
+    def value(self) -> Any:
+        """The result, as the sink gets it."""
+        return cloudpickle.loads(self.result) if self.pickled else self.result
+
+
+class Task:
+    """Windows for one worker, in order. It is called in the worker, and returns their outcomes.
+
+    Results are pickled here, if the task came from another process, so that one which cannot be pickled fails its
+    own window only.
+    """
+
+    def __init__(self, target: Target, stream: str, fn: Portable | None, works: list[Work], returns: bool) -> None:
+        self.target, self.stream, self.fn, self.works, self.returns = target, stream, fn, works, returns
+        self.remote = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, remote=True)
+
+    def __call__(self) -> list[Outcome]:
+        try:
+            found = _load(self.target, self.stream, self.works)
+        except Exception as exc:
+            return [_failure(work, exc, by_function=False) for work in self.works]
+        outcomes = [self._do(work, found) for work in self.works]
+        if self.remote:
+            with suppress(Exception):
+                sys.stdout.flush()
+        return outcomes
+
+    def _do(self, work: Work, found: dict[str, tuple[list[int], list[Any]]]) -> Outcome:
+        started = time.perf_counter()
+        try:
+            window = _window(self.target, self.stream, work, found)
+        except Exception as exc:
+            return _failure(work, exc, by_function=False)
+        try:
+            result = self._call(window if work.argument is None else work.argument, window)
+        except (Exception, SystemExit) as exc:
+            return _failure(work, exc, by_function=True)
+        seconds = time.perf_counter() - started
+        return Outcome(work.number, result, pickled=self._pickles, missing=window.missing, seconds=seconds)
+
+    @property
+    def _pickles(self) -> bool:
+        return self.remote and self.returns
+
+    def _call(self, argument: Any, window: MessageWindow) -> Any:
+        skipped = window.missing and not len(window)
+        result = argument if skipped or self.fn is None else self.fn(argument)
+        if not self.returns:
+            return None
+        if result is None:
+            result = argument
+        if isinstance(result, (MessageWindow, Window)):
+            result = result.data
+        if not self._pickles:
+            return result
+        try:
+            return cloudpickle.dumps(result)
+        except Exception as exc:
+            raise DataError(f'what the function returned ({type(result).__name__}) cannot be pickled: {exc}') from exc
+
+
+def _load(target: Target, stream: str, works: list[Work]) -> dict[str, tuple[list[int], list[Any]]]:
+    """Read the records of all the windows of a task, each stretch of a producer's log at once."""
+    stretches: dict[str, list[Span]] = {}
+    for work in works:
+        for span in work.spans:
+            known = stretches.setdefault(span.producer, [])
+            if known and known[-1].end == span.start:
+                known[-1] = known[-1]._replace(end=span.end)
+            else:
+                known.append(span)
+    db = target.majority
+    found = {}
+    for producer, spans in stretches.items():
+        records = [record for span in sorted(spans) for record in store.read_records(db, stream, span)]
+        found[producer] = [record['offset'] for record in records], records
+    return found
+
+
+def _window(target: Target, stream: str, work: Work, found: dict[str, tuple[list[int], list[Any]]]) -> MessageWindow:
+    records = [(span, _covering(span, *found[span.producer])) for span in work.spans]
+    window = MessageWindow(work.id, stream, work.number, work.created, work.start, work.end, work.attempt, records)
+    for pause in REREAD_PAUSES:
+        if not window.missing:
+            return window
+        time.sleep(pause)
+        records = [(span, store.read_records(target.majority, stream, span)) for span in work.spans]
+        window = MessageWindow(work.id, stream, work.number, work.created, work.start, work.end, work.attempt, records)
+    if window.missing:
+        ends = store.log_ends(target.majority, stream)
+        if any(ends.get(span.producer, span.end) < span.end for span in work.spans):
+            raise MinibatchError(f'{window.missing} messages of window {work.id} are not in the log')
+    return window
+
+
+def _covering(span: Span, offsets: list[int], records: list[Any]) -> list[Any]:
+    first = max(bisect_right(offsets, span.start) - 1, 0)
+    return records[first : bisect_left(offsets, span.end)]
+
+
+def _failure(work: Work, exc: BaseException, by_function: bool) -> Outcome:
+    error = f'{type(exc).__name__}: {exc}'
+    trace = ''.join(traceback.format_exception(exc))
+    return Outcome(work.number, error=error, traceback=trace, by_function=by_function)
+
+
+class Pool:
+    """The default executor: worker processes that know the function, do not run the caller's script again, and end
+    when their parent does."""
+
+    def __init__(self, workers: int, fn: Portable | None) -> None:
+        self._workers = workers
+        self._function = (fn.digest, fn.blob) if fn is not None else None
+        if fn is not None:
+            fn.sent_ahead = True
+        self._start()
+
+    def _start(self) -> None:
+        args = (os.getpid(), self._function)
+        self._executor = loky.ProcessPoolExecutor(self._workers, initializer=_set_up_worker, initargs=args)
+        self._executor.submit(_nothing)
+
+    def submit(self, fn: Callable[[], Any]) -> Completion:
+        """Run `fn` in a worker; a pool whose workers died is made anew first."""
+        try:
+            return self._executor.submit(fn)
+        except loky.process_executor.BrokenProcessPool:
+            self.shutdown(at_once=True)
+            self._start()
+            return self._executor.submit(fn)
+
+    def shutdown(self, at_once: bool = False) -> None:
+        """End the workers, `at_once` or when they have done what they were given."""
+        self._executor.shutdown(wait=True, kill_workers=at_once)
+
+
+def _nothing() -> None:
+    """Submitted first, so that the workers start while the consumer takes its lease."""
+
+
+def _set_up_worker(parent: int, function: tuple[str, bytes] | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    threading.Thread(target=_end_with, args=(parent,), name='minibatch-parent', daemon=True).start()
+    if function is not None:
+        marshaller.install(*function)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK)
+    os._exit(1)

@@ -1,0 +1,80 @@
+"""Servers as fixtures, and a wall around the user's own server.
+
+A test which uses a server, by the name of a fixture, gets the marker `integration`:
+`pytest -m 'not integration'` is the fast set.
+"""
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pymongo.database import Database
+from servers import Mongod
+
+from minibatch import embedded
+
+SERVER_FIXTURES = {'mongod', 'standalone', 'url', 'db', 'standalone_url', 'home'}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SERVER_FIXTURES & set(getattr(item, 'fixturenames', ())):
+            item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def isolation() -> Iterator[None]:
+    """Tests never touch the user's server or data; an embedded server started by them is stopped."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix='minibatch-test-') as home:
+        for name in [name for name in os.environ if name == 'MONGO_URL' or name.startswith('MINIBATCH_')]:
+            if name != 'MINIBATCH_MONGOD':
+                patch.delenv(name)
+        patch.setenv('MINIBATCH_HOME', home)
+        yield
+        embedded.stop()
+
+
+@pytest.fixture(scope='session')
+def mongod() -> Iterator[Mongod]:
+    """A replica set of one, shared by the whole session: do not kill it, start your own."""
+    with Mongod() as server:
+        yield server
+
+
+@pytest.fixture(scope='session')
+def standalone() -> Iterator[Mongod]:
+    """A server without change streams and transactions."""
+    with Mongod(replica_set=False) as server:
+        yield server
+
+
+@pytest.fixture
+def url(mongod: Mongod) -> Iterator[str]:
+    """The URL of a fresh database, dropped afterwards."""
+    yield from _fresh(mongod)
+
+
+@pytest.fixture
+def standalone_url(standalone: Mongod) -> Iterator[str]:
+    """The URL of a fresh database of a standalone server."""
+    yield from _fresh(standalone)
+
+
+@pytest.fixture
+def db(mongod: Mongod, url: str) -> Database[dict[str, Any]]:
+    """The database of `url`, as pymongo sees it."""
+    return mongod.client[_name(url)]
+
+
+def _fresh(server: Mongod) -> Iterator[str]:
+    url = server.url(f'test_{uuid.uuid4().hex[:12]}')
+    yield url
+    server.client.drop_database(_name(url))
+
+
+def _name(url: str) -> str:
+    return url.rsplit('/', 1)[1].split('?')[0]
