@@ -173,9 +173,9 @@ def make_emitter(
         raise ArgumentError(f'source must have the methods stream and cancel; {type(source).__name__} has not')
     if queue is not None and not hasattr(queue, 'get'):
         raise ArgumentError(f'queue must have a method get; {type(queue).__name__} has not')
+    options.update({key: value for key, value in {'size': size, 'interval': interval}.items() if value is not None})
     made = _emitter_class(emitter, size, interval, relaxed)(
         name,
-        **{key: value for key, value in {'size': size, 'interval': interval}.items() if value is not None},
         emitfn=fn,
         forwardfn=None if sink is None else sink.put,
         queue=queue,
@@ -217,4 +217,4 @@ def _refuse_unknown(what: str, options: dict[str, Any], known: tuple[str, ...]) 
             raise ArgumentError(f'{what} has no option {name!r}{hint}')
 
 
-Stream.consume = staticmethod(streaming)  # type: ignore[assignment]
+Stream.consume = staticmethod(streaming)

@@ -108,7 +108,7 @@ def target(url: str | None = None, dbname: str | None = None, **options: Any) ->
         return _default
     url = url or next((os.environ[name] for name in URL_VARIABLES if os.environ.get(name)), None) or embedded.url()
     if not isinstance(url, str) or not re.match(r'(mongodb(\+srv)?|mongomock)://', url):
-        raise ArgumentError(f"url must start with mongodb:// or mongodb+srv://, not {masked(str(url)[:80])!r}")
+        raise ArgumentError(f'url must start with mongodb:// or mongodb+srv://, not {masked(str(url)[:80])!r}')
     return Target(url, dbname or urlsplit(url).path.lstrip('/') or DEFAULT_DBNAME, tuple(sorted(options.items())))
 
 
@@ -195,7 +195,8 @@ def masked(url: str) -> str:
 
 def _connect(url: str, options: dict[str, Any]) -> MongoClient[dict[str, Any]]:
     if _is_mock(url):
-        return _mock_client()
+        mock: MongoClient[dict[str, Any]] = _mock_client()
+        return mock
     options.setdefault('uuidRepresentation', 'standard')
     options.setdefault('appname', 'minibatch')
     try:

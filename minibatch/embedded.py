@@ -384,7 +384,8 @@ def _end(server: _Server, home: Path, timeout: float) -> None:
     process = server.process
     with suppress(psutil.NoSuchProcess):
         process.terminate()  # psutil checks first that the process id was not given to another
-    while _server(process, home):
+    # a process that exits loses its command line first, then its locks and its socket
+    while _server(process, home) or _listens(server.path):
         if time.monotonic() > deadline:
             raise EmbeddedServerError(f'The embedded MongoDB (process {process.pid}) has not ended within '
                                       f'{timeout:g} s. Wait longer, or end it with `kill -9 {process.pid}`: '

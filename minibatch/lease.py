@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 import psutil
@@ -48,7 +49,7 @@ class Lease:
         """Whether functions may be started and sinks called."""
         return not self._lost and time.monotonic() < self._deadline
 
-    def now(self) -> Any:
+    def now(self) -> datetime:
         """The server's time, aware."""
         return self._clock.at(time.monotonic())
 
@@ -125,7 +126,7 @@ def is_dead(holder: dict[str, Any]) -> bool:
         process = psutil.Process(holder['pid'])
         if process.status() == psutil.STATUS_ZOMBIE:
             return True
-        return abs(process.create_time() - holder['started']) > START_TOLERANCE
+        return bool(abs(process.create_time() - holder['started']) > START_TOLERANCE)
     except psutil.NoSuchProcess:
         return True
     except psutil.Error:

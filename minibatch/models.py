@@ -298,9 +298,9 @@ class Stream(_Model):
     def _open(cls, name: str, where: Target, options: dict[str, Any]) -> Stream:
         where.check()
         store.ensure_indexes(where.db)
-        stream = cls._from_son(store.open_stream(where.majority, name, options, clock.now()))
+        stream: Stream = cls._from_son(store.open_stream(where.majority, name, options, clock.now()))
         stream._target = where
-        stream._get_collection = lambda: where.db.stream
+        stream._get_collection = lambda: where.db.stream  # type: ignore[method-assign]
         stream._batchsize = options.get('batchsize') or stream.batchsize or 1
         if stream.max_age:
             _clear_in_background(where, name, stream.max_age)

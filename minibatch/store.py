@@ -24,6 +24,7 @@ take its `epoch`, and change nothing once another consumer has taken over.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ def open_stream(db: DB, name: str, options: Doc, now: datetime) -> Doc:
         update['$set'] = options
     for attempt in range(2):
         try:
-            doc: Doc = db.stream.find_one_and_update(
+            doc: Doc | None = db.stream.find_one_and_update(
                 {'name': name}, update, upsert=True, return_document=ReturnDocument.AFTER
             )
             return doc
@@ -104,7 +105,7 @@ def clear_stream(db: DB, name: str) -> int:
 
 def count_messages(db: DB, name: str) -> int:
     """How many messages of a stream are stored."""
-    total = [{'$match': {'stream': name}}, {'$group': {'_id': None, 'n': {'$sum': {'$ifNull': ['$n', 1]}}}}]
+    total: list[Doc] = [{'$match': {'stream': name}}, {'$group': {'_id': None, 'n': {'$sum': {'$ifNull': ['$n', 1]}}}}]
     return sum(int(doc['n']) for doc in db.buffer.aggregate(total))
 
 
@@ -185,12 +186,12 @@ def adopt_without_offset(db: DB, stream: str, producer: str, next_offset: int, l
 
 def has_without_offset(db: DB, stream: str) -> bool:
     """Whether messages wait that were stored without an offset."""
-    return any(_without_offset(db, stream, 1))
+    return bool(_without_offset(db, stream, 1))
 
 
-def _without_offset(db: DB, stream: str, limit: int) -> Iterable[Doc]:
-    found = db.buffer.find({'stream': stream, 'offset': None, 'processed': {'$ne': True}}, {'_id': 1})
-    return found.sort('_id', 1).limit(limit)
+def _without_offset(db: DB, stream: str, limit: int) -> list[Doc]:
+    unread = {'stream': stream, 'offset': None, 'processed': {'$ne': True}}
+    return list(db.buffer.find(unread, {'_id': 1}).sort('_id', 1).limit(limit))
 
 
 def unbatch(db: DB, span: Span, stream: str) -> int:
@@ -222,7 +223,7 @@ def unbatch(db: DB, span: Span, stream: str) -> int:
 
 def log_ends(db: DB, stream: str) -> dict[str, int]:
     """For each producer with records: the offset after its last message. One step of the index per producer."""
-    last = [
+    last: list[Doc] = [
         {'$match': {'stream': stream, 'offset': {'$gte': 0}}},
         {'$sort': {'producer': -1, 'offset': -1}},
         {'$group': {'_id': '$producer', 'offset': {'$first': '$offset'}, 'n': {'$first': '$n'}}},
@@ -316,10 +317,8 @@ def take_lease(db: DB, stream: str, group: str, owner: Doc, seconds: float, inst
     """
     id_ = group_id(stream, group)
     identity = {'stream': stream, 'group': group, 'number': 0}
-    try:
+    with suppress(DuplicateKeyError):  # made by another consumer at the same moment
         db.group.update_one({'_id': id_}, {'$setOnInsert': identity}, upsert=True)
-    except DuplicateKeyError:
-        pass  # made by another consumer at the same moment
     free = [
         {'$lte': [{'$ifNull': ['$lease.expires', EPOCH]}, '$$NOW']},
         {'$eq': ['$lease.owner.token', {'$literal': instead_of}]},
@@ -330,7 +329,8 @@ def take_lease(db: DB, stream: str, group: str, owner: Doc, seconds: float, inst
         'expires': _seconds_from_now(seconds),
     }
     clean = {'$eq': [{'$ifNull': ['$lease.expires', EPOCH]}, EPOCH]}
-    taken = {'lease': lease, 'taken': '$$NOW', 'clean': clean, **{key: {'$literal': value} for key, value in fields.items()}}
+    literals = {key: {'$literal': value} for key, value in fields.items()}
+    taken = {'lease': lease, 'taken': '$$NOW', 'clean': clean, **literals}
     return db.group.find_one_and_update(
         {'_id': id_, '$expr': {'$or': free}}, [{'$set': taken}], return_document=ReturnDocument.AFTER
     )
@@ -449,13 +449,11 @@ def commit_windows(db: DB, ids: list[str], epoch: int) -> None:
 
 def retry_windows(db: DB, errors: dict[str, str], epoch: int) -> None:
     """Write, before they are tried again, that an attempt at each of these windows failed, and why."""
-    db.window.bulk_write(
-        [
-            UpdateOne({'_id': id_, 'epoch': epoch, 'status': 'open'}, {'$inc': {'attempts': 1}, '$set': {'error': error}})
-            for id_, error in errors.items()
-        ],
-        ordered=False,
-    )
+    updates = [
+        UpdateOne({'_id': id_, 'epoch': epoch, 'status': 'open'}, {'$inc': {'attempts': 1}, '$set': {'error': why}})
+        for id_, why in errors.items()
+    ]
+    db.window.bulk_write(updates, ordered=False)
 
 
 def delete_windows(db: DB, stream: str, group: str, first: int, end: int) -> None:
@@ -633,7 +631,7 @@ def _prefix(prefix: str) -> Doc:
 
 def watch_inserts(db: DB, max_wait: float) -> Any:
     """A change stream of the inserts into the log: each event has the name of the stream only."""
-    events = [
+    events: list[Doc] = [
         {'$match': {'operationType': 'insert'}},
         {'$project': {'_id': 1, 'fullDocument.stream': 1}},
     ]

@@ -285,7 +285,9 @@ class CountWindow(WindowEmitter):
     Without `size`, `interval` is taken as the number of messages.
     """
 
-    def __init__(self, stream_name: str, size: int | None = None, interval: float | None = None, **options: Any) -> None:
+    def __init__(
+        self, stream_name: str, size: int | None = None, interval: float | None = None, **options: Any
+    ) -> None:
         size = size if size is not None else 1 if interval is None else interval  # type: ignore[assignment]
         super().__init__(stream_name, size=size, interval=interval, **options)
         self._next_producer = ''
@@ -359,12 +361,12 @@ class FixedTimeWindow(RelaxedTimeWindow):
         waiting = log.waiting()
         if log.frontier is None:
             log.frontier = clock.window_start(first_time(log, waiting, now), step.total_seconds())
-        plans = []
+        plans: list[WindowPlan] = []
         while log.frontier + step <= now and len(plans) < limit:
             start, end = log.frontier, log.frontier + step
             spans = [self._cut(log, span, end, now) for span in waiting]
-            waiting = [span._replace(start=cut.end) for span, cut in zip(waiting, spans) if cut.end < span.end]
-            spans = [span for span in spans if span.start < span.end]
+            rest = [span._replace(start=cut.end) for span, cut in zip(waiting, spans, strict=True)]
+            waiting, spans = ([span for span in each if span.start < span.end] for each in (rest, spans))
             if spans or self.emit_empty:
                 plans.append(WindowPlan(spans, start, end))
             log.frontier = end

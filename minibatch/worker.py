@@ -186,11 +186,12 @@ class Pool:
     def submit(self, fn: Callable[[], Any]) -> Completion:
         """Run `fn` in a worker; a pool whose workers died is made anew first."""
         try:
-            return self._executor.submit(fn)
+            completion: Completion = self._executor.submit(fn)
         except loky.process_executor.BrokenProcessPool:
             self.shutdown(at_once=True)
             self._start()
-            return self._executor.submit(fn)
+            completion = self._executor.submit(fn)
+        return completion
 
     def shutdown(self, at_once: bool = False) -> None:
         """End the workers, `at_once` or when they have done what they were given."""

@@ -77,11 +77,10 @@ def program(*, stdin: int = subprocess.DEVNULL, code: str = PRINT_URL) -> subpro
 
 def kill_server() -> int:
     """SIGKILL the embedded server, wait until it is gone, and return its process id."""
-    pid = embedded.status().pid
-    assert pid
-    os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not embedded.status().running)
-    return pid
+    (server,) = embedded._find(embedded.status().home)
+    os.kill(server.process.pid, signal.SIGKILL)
+    eventually(lambda: not embedded._listens(server.path))
+    return server.process.pid
 
 
 # -- starting, sharing, surviving
