@@ -52,6 +52,11 @@ class Target:
         return f'Target({masked(self.url)!r}, {self.dbname!r})'
 
     @property
+    def is_mock(self) -> bool:
+        """Whether it is a mongomock, in this process, for unit tests of models and appends."""
+        return _is_mock(self.url)
+
+    @property
     def client(self) -> MongoClient[dict[str, Any]]:
         """The client of this process for this URL."""
         key = (self.url, self.options)
@@ -64,7 +69,7 @@ class Target:
     def db(self) -> Database[dict[str, Any]]:
         """For messages: the URL's write concern, reads at majority from the primary whatever the URL prefers."""
         db = self.client[self.dbname]
-        if _is_mock(self.url):
+        if self.is_mock:
             return db
         write_concern = db.write_concern if 'w' in db.write_concern.document else MAJORITY
         return self._with(write_concern)
@@ -72,7 +77,7 @@ class Target:
     @property
     def majority(self) -> Database[dict[str, Any]]:
         """For bookkeeping (groups, positions, windows): written and read at majority, whatever the URL says."""
-        return self.client[self.dbname] if _is_mock(self.url) else self._with(MAJORITY)
+        return self.client[self.dbname] if self.is_mock else self._with(MAJORITY)
 
     def _with(self, write_concern: WriteConcern) -> Database[dict[str, Any]]:
         return self.client.get_database(
@@ -86,7 +91,7 @@ class Target:
         """Raise `UnreachableError`, naming the address, if the server does not answer."""
         global _first
         try:
-            if not _is_mock(self.url):
+            if not self.is_mock:
                 with pymongo.timeout(CONNECT_TIMEOUT):
                     self.client.admin.command('ping')
         except PyMongoError as exc:
@@ -158,7 +163,9 @@ def connectdb(
     chosen = target(url, dbname, **options)
     chosen.check()
     mongoengine.disconnect(alias)
-    mongoengine.register_connection(alias, name=chosen.dbname, mongo_client_class=lambda **_: chosen.client)
+    mongoengine.register_connection(
+        alias, name=chosen.dbname, mongo_client_class=lambda **_: chosen.client, uuidRepresentation='standard'
+    )
     if alias == DEFAULT_ALIAS:
         _default = chosen
     return chosen.client[chosen.dbname]

@@ -308,17 +308,17 @@ class Stream(_Model):
 
     _source: Source | None = None
     _source_thread: threading.Thread | None = None
-    _target: Target
+    _target: Target | None = None
     _batchsize: int = 1
 
     @property
     def target(self) -> Target:
         """The database the stream is in."""
-        return self._target
+        return self._target or current()
 
     @property
     def _producer(self) -> Producer:
-        return producer_of(self._target, self.name)
+        return producer_of(self.target, self.name)
 
     @property
     def source(self) -> Source | None:
@@ -362,7 +362,7 @@ class Stream(_Model):
     def clear(self) -> int:
         """Delete all messages and windows of this stream; returns how many messages. Consumers go on behind them."""
         self.flush()
-        return store.clear_stream(self._target.majority, self.name)
+        return store.clear_stream(self.target.majority, self.name)
 
     def attach(self, source: Source, background: bool = True) -> None:
         """Let a source append to this stream, in a thread, or with ``background=False`` in this call.
@@ -410,11 +410,11 @@ class Stream(_Model):
 
     def buffer(self, **filter: Any) -> QuerySet:
         """The stored record batches of this stream, as a mongoengine query set."""
-        return Buffer.in_database(self._target).filter(stream=self.name, **filter)
+        return Buffer.in_database(self.target).filter(stream=self.name, **filter)
 
     def window(self, **filter: Any) -> QuerySet:
         """The stored windows of this stream, as a mongoengine query set."""
-        return Window.in_database(self._target).filter(stream=self.name, **filter)
+        return Window.in_database(self.target).filter(stream=self.name, **filter)
 
     def streaming(self, fn: Callable[..., Any] | None = None, **options: Any) -> Any:
         """Process the windows of this stream with a function; takes the options of `minibatch.streaming`."""
@@ -423,8 +423,8 @@ class Stream(_Model):
     def autoclear(self, max_age: float) -> None:
         """Delete messages older than `max_age` seconds, processed or not, now and as long as this process runs."""
         check_options({'max_age': max_age})
-        store.open_stream(self._target.majority, self.name, {'max_age': max_age}, clock.now())
-        _clear_in_background(self._target, self.name, max_age)
+        store.open_stream(self.target.majority, self.name, {'max_age': max_age}, clock.now())
+        _clear_in_background(self.target, self.name, max_age)
 
 
 _clearing: dict[tuple[int, Target, str], float] = {}

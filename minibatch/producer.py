@@ -21,6 +21,7 @@ from multiprocessing.util import Finalize
 from typing import Any
 
 import bson
+from bson.binary import UuidRepresentation
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import AutoReconnect, BulkWriteError, PyMongoError, WriteConcernError
 
@@ -35,6 +36,8 @@ RECORD_BYTES = 1 << 20
 INSERT_BYTES = 16 << 20
 CHECKED_BYTES = 64 << 20
 MAX_MESSAGE_BYTES = (16 << 20) - 4096
+MAX_DEPTH = 170
+CODEC: Any = bson.CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
 CONFIRM_TIMEOUT = 60.0
 RETRY_PAUSE = 0.1
 
@@ -162,9 +165,12 @@ class Producer:
 
     def _insert_until(self, deadline: float) -> tuple[int, str]:
         buffer = self.target.db.buffer
+        records: list[Any] = [record for _, record, _ in self._in_flight]
+        if self.target.is_mock:
+            records = [bson.decode(record.raw) for record in records]
         while True:
             try:
-                return store.insert_records(buffer, [record for _, record, _ in self._in_flight])
+                return store.insert_records(buffer, records)
             except PyMongoError as exc:
                 if not _is_unclear(exc) or time.monotonic() > deadline:
                     raise
@@ -279,16 +285,19 @@ def encode(data: Any) -> bytes:
     if not isinstance(data, Mapping):
         raise DataError(f'data must be a mapping such as a dict, not {type(data).__name__}')
     try:
-        raw = bson.encode(data)
+        raw = bson.encode(data, codec_options=CODEC)
     except Exception as exc:
         path, reason = _culprit(data, exc)
         raise DataError(f'MongoDB cannot store data{path}: {reason}') from None
     if len(raw) > MAX_MESSAGE_BYTES:
-        key = max(data, key=lambda name: len(bson.encode({name: data[name]})))
+        key = max(data, key=lambda name: len(bson.encode({name: data[name]}, codec_options=CODEC)))
         raise DataError(
             f'the message has {len(raw):,} bytes, MongoDB stores at most {MAX_MESSAGE_BYTES:,}; '
             f'the largest value is data[{key!r}]'
         )
+    # Cheap first: every level of nesting is one of these bytes at least.
+    if raw.count(b'\x03') + raw.count(b'\x04') > MAX_DEPTH and _depth(data) > MAX_DEPTH:
+        raise DataError(f'data is nested more than {MAX_DEPTH} levels deep')
     if b'$ref\x00' in raw and (path := _find_key(data, '$ref')):
         raise DataError(f'data{path} has the key $ref, which MongoDB reads back as a reference; rename it')
     return raw
@@ -337,12 +346,21 @@ def _culprit(value: Any, exc: Exception, path: str = '') -> tuple[str, str]:
         children = enumerate(value)
     for key, child in children:
         try:
-            bson.encode({'value': child})
+            bson.encode({'value': child}, codec_options=CODEC)
         except RecursionError:
             return f'{path}[{key!r}]', 'it is nested too deeply, or contains itself'
         except Exception as inner:
             return _culprit(child, inner, f'{path}[{key!r}]')
     return path, str(exc)
+
+
+def _depth(value: Any) -> int:
+    children: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        children = value.values()
+    elif isinstance(value, (list, tuple)):
+        children = value
+    return max((1 + _depth(child) for child in children), default=0)
 
 
 def _find_key(value: Any, wanted: str, path: str = '') -> str:

@@ -79,19 +79,14 @@ def ensure_indexes(db: DB) -> None:
 def open_stream(db: DB, name: str, options: Doc, now: datetime) -> Doc:
     """Create the stream if need be, set the options given, and return its document."""
     created = {'status': 'open', 'created': now, 'format': FORMAT}
-    update: Doc = {'$setOnInsert': created}
-    if options:
-        update['$set'] = options
-    for attempt in range(2):
-        try:
-            doc: Doc | None = db.stream.find_one_and_update(
-                {'name': name}, update, upsert=True, return_document=ReturnDocument.AFTER
-            )
-            return doc
-        except DuplicateKeyError:  # two upserts at once; the second finds what the first made
-            if attempt:
-                raise
-    raise AssertionError('unreachable')
+    update = {'$setOnInsert': created}
+    with suppress(DuplicateKeyError):  # made by another process at the same moment
+        db.stream.update_one({'name': name}, update, upsert=True)
+    found: Any = db.stream.find_one_and_update(
+        {'name': name}, {'$set': {'name': name, **options}}, return_document=ReturnDocument.AFTER
+    )
+    doc: Doc = found
+    return doc
 
 
 def clear_stream(db: DB, name: str) -> int:
@@ -139,7 +134,7 @@ def record_batch(
     return RawBSONDocument(size.to_bytes(4, 'little') + head[4:-1] + payload + b'\x00')
 
 
-def insert_records(buffer: Collection[Any], records: list[RawBSONDocument]) -> tuple[int, str]:
+def insert_records(buffer: Collection[Any], records: list[Any]) -> tuple[int, str]:
     """Insert record batches in order. May be called again with the same ones after an unclear result.
 
     Returns:
@@ -161,7 +156,7 @@ def insert_records(buffer: Collection[Any], records: list[RawBSONDocument]) -> t
     return done, ''
 
 
-def _is_stored(buffer: Collection[Any], record: RawBSONDocument) -> bool:
+def _is_stored(buffer: Collection[Any], record: Any) -> bool:
     query = {'_id': record['_id']}
     if buffer.find_one(query, {'_id': 1}) is not None:
         return True

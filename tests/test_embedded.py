@@ -250,6 +250,14 @@ def test_a_home_of_another_user_is_refused(home, monkeypatch):
         embedded.url()
 
 
+def test_a_server_of_another_user_is_not_taken_for_ones_own(home, monkeypatch):
+    embedded.start()
+    owner = os.getuid()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'getuid', lambda: owner + 1)
+        assert embedded.status().running is False
+
+
 # -- the home on another host, moved, not usable
 
 def write_state(home: Path, **changes: str) -> None:

@@ -1,0 +1,161 @@
+"""Consumers and producers as real processes, and the proof that what they saw is right."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from pymongo.database import Database
+from servers import eventually
+
+import minibatch
+
+SCRIPTS = Path(__file__).parent / 'scripts'
+
+
+@contextmanager
+def running(*args: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A Python program, ended with all that it started when the block is left."""
+    environment = {**os.environ, 'PYTHONPATH': str(Path(minibatch.__file__).parent.parent)}
+    with subprocess.Popen([sys.executable, *args], text=True, env=environment, **options) as process:
+        try:
+            yield process
+        finally:
+            started = family(process)
+            process.kill()
+            process.wait(10)
+            for child in started:
+                if is_alive(child):
+                    child.kill()
+
+
+def consumer(url: str, stream: str, *, work: float = 0.0, interrupt: Any = None, **options: Any) -> Any:
+    """scripts/consume.py; `interrupt` is (signal, 'before' or 'after', function of the store, which call)."""
+    config = {'url': url, 'stream': stream, 'work': work, 'interrupt': interrupt, 'options': options}
+    return running(str(SCRIPTS / 'consume.py'), json.dumps(config))
+
+
+def producer(url: str, stream: str, source: int, count: int) -> Any:
+    """scripts/produce.py."""
+    return running(str(SCRIPTS / 'produce.py'), url, stream, str(source), str(count))
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """What a process has started, as far as it still runs."""
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def is_stopped(process: subprocess.Popen[str]) -> bool:
+    """Whether a process was stopped by SIGSTOP."""
+    assert process.poll() is None, f'ended with code {process.returncode} instead'
+    return bool(psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a process; none of what it had started stays."""
+    workers = family(process)
+    process.kill()
+    process.wait(10)
+    gone(workers)
+
+
+def gone(workers: list[psutil.Process]) -> None:
+    eventually(lambda: not any(map(is_alive, workers)), 5, 'workers outlive their parent')
+
+
+def terminate(process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> None:
+    """Stop a consumer in the clean way: exit code 0, and none of what it had started stays."""
+    workers = family(process)
+    process.send_signal(number)
+    assert process.wait(20) == 0
+    gone(workers)
+
+
+def appended(stream: Any, source: int, start: int, end: int) -> None:
+    """Append the messages `start` to `end` of a source."""
+    stream.append_many({'source': source, 'seq': seq} for seq in range(start, end))
+
+
+def seen_count(db: Database[dict[str, Any]]) -> int:
+    """How many different messages were seen in windows."""
+    unique = [{'$group': {'_id': '$window', 'n': {'$first': {'$size': '$seen'}}}}, {'$group': {'_id': 0, 'n': {'$sum': '$n'}}}]
+    return sum(doc['n'] for doc in db.seen.aggregate(unique))
+
+
+def windows_seen(db: Database[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """All that was seen of each window, by its id; a window is the same at each attempt."""
+    windows = defaultdict(list)
+    for doc in db.seen.find(sort=[('number', 1), ('_id', 1)]):
+        windows[doc['window']].append(doc)
+    for times in windows.values():
+        assert all(doc['seen'] == times[0]['seen'] for doc in times), f'not the same at each attempt: {times}'
+    return dict(windows)
+
+
+def prove(seen: list[list[Any]], counts: dict[Any, int]) -> None:
+    """Nothing is lost, nothing is there twice, and the messages of each source are in order."""
+    sequences = defaultdict(list)
+    for source, seq in seen:
+        sequences[source].append(seq)
+    for source, count in counts.items():
+        got = sequences.pop(source, [])
+        lost, more = set(range(count)) - set(got), len(got) - len(set(got))
+        assert not lost, f'{len(lost)} messages of {source} lost, the first is {min(lost)}'
+        assert not more, f'{more} messages of {source} in more than one window'
+        assert got == list(range(count)), f'messages of {source} out of order'
+    assert not sequences, f'messages of nobody: {list(sequences)}'
+
+
+def prove_windows(db: Database[dict[str, Any]], counts: dict[Any, int]) -> None:
+    """What `prove` says, of the windows in the collection `seen`."""
+    prove([message for times in windows_seen(db).values() for message in times[0]['seen']], counts)
+
+
+def owner_of(db: Database[dict[str, Any]], stream: str) -> int:
+    """The process that has the lease, or had it last."""
+    doc = db.group.find_one({'stream': stream, 'group': 'default'}) or {}
+    return int(doc.get('lease', {}).get('owner', {}).get('pid', 0))
+
+
+class History:
+    """All changes of the bookkeeping of a database, from when it was made."""
+
+    def __init__(self, db: Database[dict[str, Any]]) -> None:
+        self._db = db
+        changes = [{'$match': {'operationType': {'$in': ['insert', 'update']}}}]
+        self._events = db.watch(changes, max_await_time_ms=200)
+
+    def prove(self) -> None:
+        """No window was committed twice, and no position went backwards."""
+        self._db.end.insert_one({})
+        committed: set[str] = set()
+        positions: dict[str, int] = defaultdict(int)
+        while (event := eventually(self._events.try_next))['ns']['coll'] != 'end':
+            collection, id_ = event['ns']['coll'], event['documentKey']['_id']
+            changed = event.get('fullDocument') or event['updateDescription']['updatedFields']
+            if collection == 'window' and changed.get('status') == 'processed':
+                assert id_ not in committed, f'window {id_} was committed twice'
+                committed.add(id_)
+            if collection == 'position' and 'offset' in changed:
+                assert changed['offset'] >= positions[id_], f'position {id_} went back from {positions[id_]}'
+                positions[id_] = changed['offset']
+        self._events.close()
+        assert committed, 'no window was committed'

@@ -1,0 +1,49 @@
+"""A consumer as a process of its own, which writes what its windows saw to the collection `seen`.
+
+It takes one argument, JSON: url, stream, options of streaming, `work` (seconds which the function takes), and
+`interrupt`, [signal, before or after, a function of the store, which call]: there it sends itself that signal.
+"""
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+
+import minibatch as mb
+from minibatch import store
+
+config = json.loads(sys.argv[1])
+work = config['work']
+db = mb.connectdb(config['url'])
+
+
+class Seen:
+    def put(self, result):
+        db.seen.insert_one({**result, 'planner': os.getpid()})
+
+
+def process(window):
+    time.sleep(work)
+    seen = [[data['source'], data['seq']] for data in window.data]
+    return {'window': window.id, 'number': window.number, 'attempt': window.attempt, 'seen': seen}
+
+
+def interrupt(number, when, name, call):
+    original, calls = getattr(store, name), itertools.count(1)
+
+    def interrupted(*args, **kwargs):
+        mine = next(calls) == call
+        if mine and when == 'before':
+            os.kill(os.getpid(), number)
+        result = original(*args, **kwargs)
+        if mine and when == 'after':
+            os.kill(os.getpid(), number)
+        return result
+
+    setattr(store, name, interrupted)
+
+
+if config['interrupt']:
+    interrupt(signal.Signals[config['interrupt'][0]], *config['interrupt'][1:])
+mb.streaming(config['stream'], process, sink=Seen(), **config['options'])

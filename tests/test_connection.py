@@ -1,0 +1,90 @@
+"""URLs, and which database is meant."""
+
+import pytest
+
+from minibatch import connection
+from minibatch.connection import Target, authenticated_url, connectdb, masked, target
+from minibatch.errors import ArgumentError, UnreachableError
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    connection.disconnect()
+    yield
+    connection.disconnect()
+
+
+@pytest.mark.parametrize(
+    ('url', 'expected'),
+    [
+        ('mongodb://u:p@h/db', 'mongodb://u:p@h/db?authSource=admin'),
+        ('mongodb://u:p@h', 'mongodb://u:p@h/?authSource=admin'),
+        ('mongodb://u:p@h/db?w=1', 'mongodb://u:p@h/db?w=1&authSource=admin'),
+        ('mongodb://u:p@h/db?authSource=other', 'mongodb://u:p@h/db?authSource=other'),
+        ('mongodb+srv://u:p@h/db', 'mongodb+srv://u:p@h/db'),
+        ('mongodb://h/db', 'mongodb://h/db'),
+    ],
+)
+def test_authenticated_url_adds_the_source_where_none_is_given(url, expected):
+    assert authenticated_url(url) == expected
+
+
+def test_a_url_is_preferred_to_the_environment(monkeypatch):
+    monkeypatch.setenv('MINIBATCH_MONGO_URL', 'mongodb://first/x')
+    monkeypatch.setenv('MONGO_URL', 'mongodb://second/y')
+    assert target('mongodb://given/z').dbname == 'z'
+    assert target().dbname == 'x'
+    monkeypatch.delenv('MINIBATCH_MONGO_URL')
+    assert target().dbname == 'y'
+
+
+def test_the_database_is_called_minibatch_if_nobody_says_otherwise():
+    assert target('mongodb://h').dbname == 'minibatch'
+    assert target('mongodb://h/a', dbname='b').dbname == 'b'
+    assert target('mongodb://h1:1,h2:2/a?replicaSet=rs').dbname == 'a'
+
+
+def test_what_connectdb_chose_is_used_by_calls_without_a_url():
+    connectdb('mongomock://localhost/chosen')
+    assert target().dbname == 'chosen'
+    assert target('mongodb://h/other').dbname == 'other'
+
+
+def test_no_password_is_shown():
+    url = 'mongodb://me:se%40cret@h/db'
+    assert masked(url) == 'mongodb://me:***@h/db'
+    assert 'cret' not in repr(Target(url, 'db'))
+
+
+@pytest.mark.parametrize('url', ['localhost', 'http://h/db', 42])
+def test_something_that_is_no_mongodb_url_is_refused(url):
+    with pytest.raises(ArgumentError, match='url must start with'):
+        target(url)
+
+
+def test_an_unknown_option_of_the_client_is_refused_without_the_password():
+    with pytest.raises(ArgumentError) as caught:
+        target('mongodb://me:secret@127.0.0.1:1/db', nonsense=1).check()
+    assert 'nonsense' in str(caught.value)
+    assert 'secret' not in str(caught.value)
+
+
+def test_writes_that_nobody_confirms_are_refused():
+    with pytest.raises(ArgumentError, match='w=0'):
+        target('mongodb://127.0.0.1:1/db?w=0').check()
+
+
+def test_a_server_that_does_not_answer_is_named_and_the_password_is_not(monkeypatch):
+    monkeypatch.setattr(connection, 'CONNECT_TIMEOUT', 0.2)
+    with pytest.raises(UnreachableError) as caught:
+        target('mongodb://me:secret@127.0.0.1:1/db').check()
+    assert '127.0.0.1:1' in str(caught.value)
+    assert 'secret' not in str(caught.value)
+
+
+def test_bookkeeping_is_at_majority_whatever_the_url_says():
+    meant = target('mongodb://127.0.0.1:1/db?w=1&readPreference=secondary')
+    assert meant.db.write_concern.document == {'w': 1}
+    assert meant.majority.write_concern.document == {'w': 'majority'}
+    assert meant.db.read_preference.mode == 0
+    assert target('mongodb://127.0.0.1:1/db').db.write_concern.document == {'w': 'majority'}

@@ -1,0 +1,81 @@
+"""What is planned, open and finished, and the positions that follow from it."""
+
+from datetime import timedelta
+
+from minibatch.clock import EPOCH
+from minibatch.progress import Claim, Progress
+from minibatch.store import Span
+
+
+def claim(number, *spans, end=None):
+    return Claim(f's/g/{number}', number, [Span(*span) for span in spans], EPOCH, end=end)
+
+
+def progress(**positions):
+    return Progress(0, 1, positions, None)
+
+
+def test_a_position_does_not_pass_an_open_window():
+    state = progress()
+    state.claim(claim(1, ('a', 0, 10)))
+    state.claim(claim(2, ('a', 10, 20)))
+    state.finished(2)
+    assert state.moved() == {}
+    state.finished(1)
+    assert state.moved() == {'a': 20}
+
+
+def test_each_producer_has_its_own_position():
+    state = progress(a=5)
+    state.claim(claim(1, ('a', 5, 10)))
+    state.claim(claim(2, ('b', 0, 10)))
+    state.finished(2)
+    assert state.moved() == {'b': 10}
+
+
+def test_a_position_is_moved_only_once():
+    state = progress()
+    state.claim(claim(1, ('a', 0, 10)))
+    state.finished(1)
+    state.written(state.moved())
+    assert state.moved() == {}
+
+
+def test_the_number_stops_before_the_first_window_that_is_not_finished():
+    state = progress()
+    for number in (1, 2, 3):
+        state.claim(claim(number, ('a', number, number + 1)))
+    state.finished(1)
+    state.finished(3)
+    assert state.number == 1
+    state.finished(2)
+    assert state.number == 3
+
+
+def test_the_frontier_is_the_end_of_the_last_window_below_which_all_are_finished():
+    state = progress()
+    for number in (1, 2):
+        state.claim(claim(number, ('a', number, number + 1), end=EPOCH + timedelta(seconds=number)))
+    state.finished(2)
+    assert state.frontier is None
+    state.finished(1)
+    assert state.frontier == EPOCH + timedelta(seconds=2)
+
+
+def test_messages_that_are_gone_are_counted_and_skipped():
+    state = progress(a=5)
+    assert state.skip_to('a', 8) == 3
+    assert state.planned['a'] == 8
+
+
+def test_a_producer_not_seen_before_starts_at_its_first_message_without_loss():
+    state = progress()
+    assert state.skip_to('a', 8) == 0
+    assert state.planned['a'] == 8
+
+
+def test_a_producer_with_an_open_window_is_not_forgotten():
+    state = progress(a=5, b=7)
+    state.claim(claim(1, ('a', 5, 6)))
+    state.forget(alive=[])
+    assert state.planned == {'a': 6}
