@@ -1,0 +1,161 @@
+"""Streams and windows; models and appends without a server, on mongomock."""
+
+from datetime import datetime, timedelta
+
+import pytest
+
+import minibatch as mb
+from minibatch import connection
+from minibatch.clock import EPOCH
+from minibatch.models import MessageWindow
+from minibatch.store import Span
+
+
+@pytest.fixture
+def stream():
+    connection.disconnect()
+    mb.connectdb('mongomock://localhost/models')
+    yield mb.stream('s')
+    connection.disconnect()
+
+
+def record(offset, *data, times=None, meta=None):
+    start = datetime(2020, 1, 1)
+    doc = {'offset': offset, 'n': len(data), 'created': start}
+    doc.update({'data': data[0]} if len(data) == 1 else {'batch': list(data)})
+    if times:
+        doc.update(created=start + timedelta(seconds=times[0]), times=[start + timedelta(seconds=t) for t in times])
+    return {**doc, 'meta': meta} if meta else doc
+
+
+def window(*records):
+    return MessageWindow('s/g/1', 's', 1, EPOCH, None, None, 1, list(records))
+
+
+def test_a_window_is_its_data_in_order():
+    view = window((Span('a', 0, 3), [record(0, {'v': 0}), record(1, {'v': 1}, {'v': 2})]))
+    assert view.data == [{'v': 0}, {'v': 1}, {'v': 2}] == list(view)
+    assert len(view) == 3
+
+
+def test_a_window_takes_only_its_part_of_a_record_batch():
+    batch = record(10, *({'v': v} for v in range(10, 20)))
+    assert [d['v'] for d in window((Span('a', 13, 16), [batch])).data] == [13, 14, 15]
+
+
+def test_record_batches_that_overlap_are_read_once():
+    batch, single = record(0, {'v': 0}, {'v': 1}, {'v': 2}), record(2, {'v': 2})
+    assert [d['v'] for d in window((Span('a', 0, 3), [batch, single])).data] == [0, 1, 2]
+
+
+def test_messages_that_are_gone_are_counted():
+    view = window((Span('a', 0, 5), [record(3, {'v': 3}), record(4, {'v': 4})]))
+    assert (len(view), view.missing) == (2, 3)
+
+
+def test_messages_of_several_producers_are_ordered_by_time():
+    view = window(
+        (Span('a', 0, 2), [record(0, {'v': 'a1'}, {'v': 'a3'}, times=[1, 3])]),
+        (Span('b', 0, 2), [record(0, {'v': 'b2'}, {'v': 'b4'}, times=[2, 4])]),
+    )
+    assert [d['v'] for d in view.data] == ['a1', 'b2', 'a3', 'b4']
+
+
+def test_a_producers_order_holds_even_if_its_clock_goes_backwards():
+    view = window(
+        (Span('a', 0, 2), [record(0, {'v': 'a5'}, {'v': 'a1'}, times=[5, 1])]),
+        (Span('b', 0, 1), [record(0, {'v': 'b3'}, times=[3])]),
+    )
+    assert [d['v'] for d in view.data] == ['b3', 'a5', 'a1']
+
+
+def test_messages_have_their_place_time_and_meta():
+    view = window((Span('a', 7, 9), [record(7, {'v': 1}, {'v': 2}, meta=[None, {'key': 'k'}])]))
+    first, second = view.messages
+    assert (first.producer, first.offset, second.offset, second.meta) == ('a', 7, 8, {'key': 'k'})
+    assert first.created.tzinfo is not None
+
+
+def test_an_empty_window_is_still_true():
+    assert window()
+    assert len(window()) == 0
+
+
+# --- on mongomock
+
+
+def test_appended_messages_are_in_the_buffer(stream):
+    stream.append({'a': 1})
+    assert stream.append_many([{'a': 2}, {'a': 3}]) == 2
+    single, batch = stream.buffer()
+    assert (single.data, single.offset, batch.batch, batch.offset) == ({'a': 1}, 0, [{'a': 2}, {'a': 3}], 1)
+    assert single.processed is False
+
+
+def test_messages_wait_for_a_full_batch_or_a_flush(stream):
+    batched = mb.stream('batched', batchsize=3, linger=3600)
+    batched.append({'a': 1})
+    batched.append({'a': 2})
+    assert batched.buffer().count() == 0
+    batched.append({'a': 3})
+    assert [len(record.batch) for record in batched.buffer()] == [3]
+    with batched:
+        batched.append({'a': 4})
+    assert [record.n for record in batched.buffer()] == [3, 1]
+
+
+def test_a_single_append_writes_what_waits_before_it(stream):
+    batched, plain = mb.stream('mixed', batchsize=10, linger=3600), mb.stream('mixed')
+    plain._batchsize = 1
+    batched.append({'a': 1})
+    plain.append({'a': 2})
+    assert [(record.offset, record.data) for record in plain.buffer()] == [(0, {'a': 1}), (1, {'a': 2})]
+
+
+def test_clear_deletes_the_messages_of_this_stream_only(stream):
+    other = mb.stream('other')
+    stream.append({'a': 1})
+    other.append({'a': 1})
+    assert stream.clear() == 1
+    assert (stream.buffer().count(), other.buffer().count()) == (0, 1)
+
+
+def test_a_message_that_looks_like_a_document_class_stays_a_dict(stream):
+    data = {'_cls': 'Stream', 'x': {'_cls': 'Window', '_ref': 1}}
+    stream.append(data)
+    assert stream.buffer().first().data == data
+
+
+def test_a_window_stored_with_its_data_can_be_read_and_queried(stream):
+    mb.Window(stream='s', data=[{'a': 1}]).save()
+    assert stream.window().first().data == [{'a': 1}]
+    assert mb.Window.objects(stream='s').count() == 1
+
+
+def test_a_stream_is_found_again_with_its_options(stream):
+    mb.stream('t', interval=2.5)
+    assert mb.stream('t').interval == 2.5
+    assert mb.Stream.objects(name='t').count() == 1
+
+
+def test_a_source_appends_in_the_background_until_it_is_cancelled(stream):
+    class Source:
+        cancelled = False
+
+        def stream(self, stream):
+            stream.append({'a': 1})
+
+        def cancel(self):
+            self.cancelled = True
+
+    source = Source()
+    stream.attach(source)
+    stream.stop()
+    assert stream.source is source
+    assert source.cancelled
+    assert stream.buffer().count() == 1
+
+
+def test_something_that_is_no_source_is_refused(stream):
+    with pytest.raises(mb.MinibatchError, match='source must have'):
+        stream.attach(object())
