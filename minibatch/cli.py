@@ -87,7 +87,7 @@ def main(debug: bool) -> None:
               help='How long to measure.')  # fmt: skip
 @click.option('--rate', type=click.FloatRange(0.1, 100), default=10, show_default=True,
               help='Messages per second.')  # fmt: skip
-@click.option('--window', type=click.FloatRange(0.1, 3600), default=2, show_default=True,
+@click.option('--window', type=click.FloatRange(0.1, 60), default=2, show_default=True,
               help='Seconds per window.')  # fmt: skip
 @click.option('--workers', type=click.IntRange(1, 64), default=2, show_default=True, help='Worker processes.')
 def demo(url: str | None, seconds: float, rate: float, window: float, workers: int) -> None:

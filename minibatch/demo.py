@@ -175,11 +175,12 @@ def tally(where: Target, name: str, acknowledged: int) -> Tally:
     results = list(where.db[RESULTS].find({'stream': name}).sort('window', 1))
     stored = {message['number'] for record in log.buffer(offset__gte=0) for message in record.batch or [record.data]}
     seen = Counter(number for result in results for number in result['numbers'])
+    expected = stored.union(range(acknowledged))
     return Tally(
         appended=len(stored),
         processed=len(seen),
         windows=log.window(status='processed').count(),
-        lost=len(set(range(acknowledged)) - (stored & seen.keys())) + len(stored - set(range(acknowledged)) - set(seen)),
+        lost=len(expected - (stored & seen.keys())),
         duplicates=sum(seen.values()) - len(seen),
         results=results,
     )
@@ -253,18 +254,20 @@ class Demo:
         with self._view() as show:
             for thread in threads:
                 thread.start()
-            self._wait(show, lambda: time.monotonic() > self.ends, self.ends)
-            self.feeder.stop()
-            if consumer.is_alive():
+            try:
+                self._wait(show, lambda: any(thread.error for thread in threads), self.ends)
+                self.feeder.stop()
                 self._interrupted.clear()
                 deadline = time.monotonic() + self._window + DRAIN_SECONDS
-                self._wait(show, lambda: self.recorder.messages >= self.feeder.appended, deadline)
-            emitter.stop()
-            consumer.join(DRAIN_SECONDS)
+                self._wait(show, lambda: consumer.error or self.recorder.messages >= self.feeder.appended, deadline)
+            finally:
+                self.feeder.stop()
+                emitter.stop()
+                consumer.join(DRAIN_SECONDS)
             show()
         return [thread.error for thread in threads if thread.error is not None]
 
-    def _wait(self, show: Callable[[], None], done: Callable[[], bool], deadline: float) -> None:
+    def _wait(self, show: Callable[[], None], done: Callable[[], object], deadline: float) -> None:
         while not done() and time.monotonic() < deadline and not self._interrupted.wait(SHOW_PAUSE):
             show()
 
