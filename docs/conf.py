@@ -4,7 +4,7 @@ import importlib.metadata
 
 project = 'minibatch'
 release = importlib.metadata.version('minibatch')
-extensions = ['sphinx.ext.autodoc']
+extensions = ['sphinx.ext.napoleon', 'sphinx.ext.autodoc']
 exclude_patterns = ['_build']
 html_theme = 'alabaster'
 

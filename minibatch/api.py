@@ -59,7 +59,7 @@ class Streaming:
 
     def make(self, fn: Callable[..., Any] | None = None) -> WindowEmitter:
         """Make the emitter that processes the windows with `fn`, and do not run it."""
-        return make_emitter(self._name, fn, **self._options)
+        return _make(self._name, fn, **self._options)
 
 
 def streaming(
@@ -139,57 +139,63 @@ def streaming(
     return decorator if fn is None else decorator(fn)
 
 
-def make_emitter(
-    name: str,
-    fn: Callable[..., Any] | None = None,
-    *,
-    interval: float | None = None,
-    size: int | None = None,
-    emitter: type[WindowEmitter] | None = None,
-    relaxed: bool = True,
-    keep: bool = False,
-    url: str | None = None,
-    sink: Any = None,
-    queue: Any = None,
-    source: Any = None,
-    executor: Any = None,
-    workers: int | None = None,
-    max_workers: int | None = None,
-    stream: Stream | None = None,
-    **options: Any,
-) -> WindowEmitter:
+def make_emitter(name: str, fn: Callable[..., Any] | None = None, **options: Any) -> WindowEmitter:
     """Make an emitter: what `streaming` runs, to be run with ``run()``, or ``start()`` and ``stop()``.
 
-    Takes the arguments of `streaming`; `stream` is a stream that is open already.
+    Args:
+        name: the name of the stream.
+        fn: the function, or None: then the window itself is the result.
+        options: those of `streaming`, and `stream`, a stream that is open already.
     """
-    _refuse_unknown('streaming', options, EMITTER_OPTIONS)
+    decorator: Streaming = streaming(name, **options)
+    return decorator.make(fn)
+
+
+def _make(
+    name: str,
+    fn: Callable[..., Any] | None,
+    *,
+    interval: float | None,
+    size: int | None,
+    emitter: type[WindowEmitter] | None,
+    relaxed: bool,
+    keep: bool,
+    sink: Any,
+    executor: Any,
+    workers: int | None,
+    max_workers: int | None,
+    url: str | None,
+    **options: Any,
+) -> WindowEmitter:
     if fn is not None and not callable(fn):
         raise ArgumentError(f'fn must be callable, not {fn!r}')
     if workers is not None and max_workers is not None:
         raise ArgumentError('workers and max_workers are the same; give one of them')
-    if sink is not None and not isinstance(sink, Sink):
-        raise ArgumentError(f'sink must have a method put(messages); {type(sink).__name__} has not')
-    if source is not None and not isinstance(source, Source):
-        raise ArgumentError(f'source must have the methods stream and cancel; {type(source).__name__} has not')
-    if queue is not None and not hasattr(queue, 'get'):
-        raise ArgumentError(f'queue must have a method get; {type(queue).__name__} has not')
+    _check_contract('sink', sink, Sink, 'a method put(messages)')
+    _check_contract('source', options['source'], Source, 'the methods stream and cancel')
+    if options['queue'] is not None and not hasattr(options['queue'], 'get'):
+        raise ArgumentError(f'queue must have a method get; {type(options["queue"]).__name__} has not')
+    if size is None and interval is None and emitter is None and options.get('stream') is not None:
+        interval = options['stream'].interval
     options.update({key: value for key, value in {'size': size, 'interval': interval}.items() if value is not None})
     made = _emitter_class(emitter, size, interval, relaxed)(
         name,
         emitfn=fn,
         forwardfn=None if sink is None else sink.put,
-        queue=queue,
-        source=source,
         executor=executor,
         max_workers=workers if workers is not None else max_workers,
-        stream=stream,
         stream_url=url,
         **options,
     )
     made.persist(keep)
-    if fn is not None and executor is None:
+    if executor is None:
         made.check_portable()
     return made
+
+
+def _check_contract(name: str, value: Any, contract: type, methods: str) -> None:
+    if value is not None and not isinstance(value, contract):
+        raise ArgumentError(f'{name} must have {methods}; {type(value).__name__} has not')
 
 
 def _emitter_class(

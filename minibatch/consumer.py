@@ -215,6 +215,7 @@ class Leading:
         self.follower = Follower(self.target, self.name, self.group, self.epoch, self.emitter.keep)
         self._adoption = Adoption(self.target, self.name, new_id)
         self._ends: dict[str, int] = {}
+        self._begun: set[str] = set()  # producers whose next message is known to be stored
         self._in_flight: dict[int, Task] = {}
         self._dispatched: set[int] = set()
         self._committed = 0
@@ -374,7 +375,8 @@ class Leading:
             self._adopt_at = time.monotonic() + ADOPTION_PAUSE
         before, self._ends = self._ends, store.log_ends(db, self.name)
         for producer, end in self._ends.items():
-            if producer not in before:
+            if producer not in self._begun:
+                self._begun.add(producer)
                 planned = self.progress.planned.get(producer, 0)
                 first = store.first_kept(db, self.name, producer, planned) if planned < end else None
                 if first is not None:
@@ -526,7 +528,9 @@ class Leading:
                 claim = self.progress.open[outcome.number]
                 if not outcome.error and self._forward(claim, outcome):
                     committed.append(claim)
-                    self._expired(outcome.missing)
+                    if outcome.missing:
+                        self._expired(outcome.missing)
+                        self._begun.difference_update(span.producer for span in claim.spans)
                     continue
                 failed[outcome.number] = outcome
         if committed:

@@ -40,7 +40,7 @@ SHOW_PAUSE = 0.1
 SHOWN_WINDOWS = 8
 SHOWN_MEASUREMENTS = 40
 BARS = '▁▂▃▄▅▆▇█'
-PLAIN_BARS = '_.-=+*#@'
+BAR_WIDTH = 8
 
 
 class Meter:
@@ -287,8 +287,9 @@ class Demo:
     @contextmanager
     def _view(self) -> Iterator[Callable[[], None]]:
         """A function that shows how it goes: a live table in a terminal, else a line for each window."""
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            with Live(self._table(), console=self._console, auto_refresh=False) as live:
+        console = self._console
+        if console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith('utf'):
+            with Live(self._table(), console=console, auto_refresh=False) as live:
                 yield lambda: live.update(self._table(), refresh=True)
             return
         last = -1
@@ -303,8 +304,9 @@ class Demo:
         yield show
 
     def _table(self) -> Group:
-        table = Table(expand=False, pad_edge=False, title=f'stream {self.name}, windows of {self._window:g} s')
-        for heading in ('window', 'messages', 'cpu %', 'max', '', 'memory %', 'disk B/s', 'net B/s', 'worker'):
+        title = f'stream {self.name}, windows of {self._window:g} s'
+        table = Table(title=title, title_justify='left', box=None, padding=(0, 2, 0, 0))
+        for heading in ('window', 'msgs', 'cpu %', 'max', '', 'mem %', 'disk B/s', 'net B/s', 'worker'):
             table.add_column(heading, justify='left' if heading in ('window', '') else 'right', no_wrap=True)
         for result in self.recorder.results:
             table.add_row(*self._row(result))
@@ -319,7 +321,7 @@ class Demo:
             str(len(result['numbers'])),
             f'{cpu["mean"]:.0f}',
             f'{cpu["max"]:.0f}',
-            self._bars([cpu['mean'], cpu['max']]),
+            (BARS[-1] * round(cpu['mean'] / 100 * BAR_WIDTH)).ljust(BAR_WIDTH),
             f'{result["memory"]["mean"]:.1f}',
             amount(result['rates']['read'] + result['rates']['written']),
             amount(result['rates']['received'] + result['rates']['sent']),
@@ -331,25 +333,25 @@ class Demo:
         if not recent:
             return Text('starting ...')
         flow = rates(recent[-int(max(self._rate, 1)) :])
+        cpu = ''.join(BARS[min(int(m['cpu'] / 100 * len(BARS)), len(BARS) - 1)] for m in recent)
         return Text(
-            f'now     cpu {recent[-1]["cpu"]:3.0f} % {self._bars([message["cpu"] for message in recent])}\n'
-            f'        memory {recent[-1]["memory"]:.0f} %'
-            f'   disk {amount(flow["read"])}B/s read, {amount(flow["written"])}B/s written'
-            f'   net {amount(flow["received"])}B/s in, {amount(flow["sent"])}B/s out',
+            f'cpu   {recent[-1]["cpu"]:3.0f} %   {cpu}\n'
+            f'memory {recent[-1]["memory"]:2.0f} %\n'
+            f'disk    {amount(flow["read"])}B/s read, {amount(flow["written"])}B/s written\n'
+            f'net     {amount(flow["received"])}B/s in, {amount(flow["sent"])}B/s out',
         )
 
     def _counts(self) -> Text:
         left = self.ends - time.monotonic()
-        state = f'{left:.0f} s left, Ctrl-C ends it' if self.feeder.thread.is_alive() else 'finishing the last windows'
+        if self.feeder.thread.is_alive():
+            state = f'{left:.0f} s left, Ctrl-C ends it'
+        else:
+            state = 'done' if self.recorder.messages >= self.feeder.appended else 'the last window is not over yet'
         return Text(
             f'{self.feeder.appended} messages appended, {self.recorder.messages} processed '
-            f'in {self.recorder.windows} windows   ({state})',
+            f'in {self.recorder.windows} windows ({state})',
             style='bold',
         )
-
-    def _bars(self, percentages: Iterable[float]) -> str:
-        bars = BARS if self._console.encoding.startswith('utf') else PLAIN_BARS
-        return ''.join(bars[min(int(value / 100 * len(bars)), len(bars) - 1)] for value in percentages)
 
     def _sum_up(self, found: Tally) -> None:
         print('\nRead back from MongoDB')

@@ -277,7 +277,7 @@ class Stream(_Model):
         Args:
             name: the name of the stream.
             url: a MongoDB URL, see `connectdb` for what holds without one.
-            interval: seconds; the window interval of consumers that name none.
+            interval: seconds; the interval of the windows of `Stream.streaming` if that names none.
             batchsize: messages appended one by one are written as one record batch when there are so many.
                 `append` then only queues; they are acknowledged by the append that fills the batch, or by `flush`.
             max_age: seconds after which a message is deleted, processed or not.

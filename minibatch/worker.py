@@ -141,19 +141,31 @@ def _load(target: Target, stream: str, works: list[Work]) -> dict[str, tuple[lis
 
 
 def _window(target: Target, stream: str, work: Work, found: dict[str, tuple[list[int], list[Any]]]) -> MessageWindow:
-    records = [(span, _covering(span, *found[span.producer])) for span in work.spans]
-    window = MessageWindow(work.id, stream, work.number, work.created, work.start, work.end, work.attempt, records)
+    def view(records: list[tuple[Span, list[Any]]]) -> MessageWindow:
+        return MessageWindow(work.id, stream, work.number, work.created, work.start, work.end, work.attempt, records)
+
+    db = target.majority
+    window = view([(span, _covering(span, *found[span.producer])) for span in work.spans])
     for pause in REREAD_PAUSES:
-        if not window.missing:
+        # Where the log goes on behind them they were there, and have been deleted since.
+        if not window.missing or _deleted(target, stream, work.spans, store.log_ends(db, stream)):
             return window
-        time.sleep(pause)
-        records = [(span, store.read_records(target.majority, stream, span)) for span in work.spans]
-        window = MessageWindow(work.id, stream, work.number, work.created, work.start, work.end, work.attempt, records)
-    if window.missing:
-        ends = store.log_ends(target.majority, stream)
-        if any(ends.get(span.producer, span.end) < span.end for span in work.spans):
-            raise MinibatchError(f'{window.missing} messages of window {work.id} are not in the log')
+        time.sleep(pause)  # a new primary may show them a moment later
+        window = view([(span, store.read_records(db, stream, span)) for span in work.spans])
+    ends = store.log_ends(db, stream)
+    if any(ends.get(span.producer, span.end) < span.end for span in work.spans):
+        raise MinibatchError(f'{window.missing} messages of window {work.id} are not in the log')
+    _emptied.update({(target, stream, span.producer): span.end for span in work.spans if span.producer not in ends})
     return window
+
+
+_emptied: dict[tuple[Target, str, str], int] = {}
+
+
+def _deleted(target: Target, stream: str, spans: list[Span], ends: dict[str, int]) -> bool:
+    return all(
+        max(ends.get(span.producer, 0), _emptied.get((target, stream, span.producer), 0)) >= span.end for span in spans
+    )
 
 
 def _covering(span: Span, offsets: list[int], records: list[Any]) -> list[Any]:

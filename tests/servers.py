@@ -137,11 +137,11 @@ class Mongod:
 
     def pause(self) -> None:
         """Freeze it: connections stay open, and nothing is answered."""
-        os.kill(self.pid, signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         """Let it go on after pause()."""
-        os.kill(self.pid, signal.SIGCONT)
+        self._signal(signal.SIGCONT)
 
     def close(self) -> None:
         """End it, and remove its data."""
@@ -173,7 +173,7 @@ class Mongod:
                 *(('--replSet', name, '--oplogSize', '64') if name else ()), *self.options]
 
     def _initiate(self) -> None:
-        with MongoClient[dict[str, Any]](self.url(), serverSelectionTimeoutMS=10000) as client:
+        with MongoClient[dict[str, Any]](self.url(), serverSelectionTimeoutMS=500) as client:
             self._await(client)
             if 'setName' not in client.admin.command('hello'):
                 eventually(lambda: initiated(client, [self.address], 'rs0'))
@@ -197,10 +197,14 @@ class Mongod:
         if hasattr(self, 'client'):
             self.client.close()
 
-    def _end(self, number: signal.Signals) -> None:
+    def _signal(self, number: signal.Signals) -> None:
         assert self.process, 'not running'
-        self.process.send_signal(number)
-        self.process.send_signal(signal.SIGCONT)
+        self.process.send_signal(number)  # nothing if it has ended already
+
+    def _end(self, number: signal.Signals) -> None:
+        self._signal(number)
+        self._signal(signal.SIGCONT)
+        assert self.process
         self.process.wait(60)
         self.process = None
 
