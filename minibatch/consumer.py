@@ -33,7 +33,7 @@ from .progress import Claim, Progress
 from .retention import Follower
 from .store import Span
 from .wakeup import listener
-from .worker import Outcome, Pool, Task, Work
+from .worker import Outcome, Pool, Processed, Task, Work
 
 if TYPE_CHECKING:
     from .window import WindowEmitter
@@ -54,6 +54,7 @@ MAX_OPEN = 5000
 RETRY_PAUSES = 0.2, 30.0
 CONNECTION_PAUSE = 1.0
 STOP_TIMEOUT = 30.0
+SAME_SIGNAL = 0.5  # a terminal and a wrapper may both pass on the same Ctrl-C
 
 
 class Consumer:
@@ -64,7 +65,10 @@ class Consumer:
         self._token = lease.new_token()
         self._inbox: SimpleQueue[Any] = SimpleQueue()
         self._arrived: list[Any] = []
-        self._fn = Portable(emitter.emitfn) if emitter.emitfn is not None else None
+        fn = emitter.emitfn
+        if emitter.processfn is not None and not emitter.picks:
+            fn = Processed(emitter.processfn, fn)
+        self._fn = Portable(fn) if fn is not None else None
         self._seconds_per_window: float | None = None
         self._standing_by = False
 
@@ -186,8 +190,12 @@ class Consumer:
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+        first = 0.0
+
         def stop(number: int, frame: Any) -> None:
-            if self.emitter._stop:
+            nonlocal first
+            first = first or time.monotonic()
+            if time.monotonic() - first > SAME_SIGNAL:
                 self.emitter._stop_at_once = True
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 raise KeyboardInterrupt
@@ -520,9 +528,9 @@ class Leading:
         """Take the outcomes of finished tasks through sink and commit."""
         committed: list[Claim] = []
         failed: dict[int, Outcome] = {}
-        for task, completion in self.consumer.finished_tasks():
-            if self._in_flight.pop(id(task), None) is None:
-                continue
+        # All at once: what is not looked at because of an error on the way is no longer in flight either.
+        finished = [item for item in self.consumer.finished_tasks() if self._in_flight.pop(id(item[0]), None)]
+        for task, completion in finished:
             for outcome in self._outcomes(task, completion):
                 self._dispatched.discard(outcome.number)
                 claim = self.progress.open[outcome.number]

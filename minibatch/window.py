@@ -75,7 +75,7 @@ class WindowEmitter:
         interval: seconds between windows; what it means is the subclass's choice.
         size: messages per window; what it means is the subclass's choice.
         emitfn: the function, called with each window; without it the window itself is the result.
-        processfn: makes, from a list of `Buffer` objects, what `emitfn` is called with.
+        processfn: makes, from the list of messages (objects with ``data``), what `emitfn` is called with.
         forwardfn: called with each result, in this process.
         emit_empty: whether windows without messages are emitted.
         executor: class or instance of anything with ``submit(fn)``, see `minibatch.abc.Executor`.

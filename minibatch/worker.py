@@ -179,6 +179,17 @@ def _failure(work: Work, exc: BaseException, by_function: bool) -> Outcome:
     return Outcome(work.number, error=error, traceback=trace, by_function=by_function)
 
 
+class Processed:
+    """A function that is called with what another one makes of the messages of a window."""
+
+    def __init__(self, processfn: Callable[..., Any], emitfn: Callable[..., Any] | None) -> None:
+        self.processfn, self.emitfn = processfn, emitfn
+
+    def __call__(self, window: MessageWindow) -> Any:
+        made = self.processfn(window.messages)
+        return made if self.emitfn is None else self.emitfn(made)
+
+
 class Pool:
     """The default executor: worker processes that know the function, do not run the caller's script again, and end
     when their parent does."""

@@ -4,19 +4,26 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import bson
 import psutil
 from pymongo.database import Database
 from servers import eventually
 
-import minibatch
+import minibatch as mb
+from minibatch import store
+from minibatch.window import WindowEmitter
 
 SCRIPTS = Path(__file__).parent / 'scripts'
 
@@ -24,7 +31,7 @@ SCRIPTS = Path(__file__).parent / 'scripts'
 @contextmanager
 def running(*args: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
     """A Python program, ended with all that it started when the block is left."""
-    environment = {**os.environ, 'PYTHONPATH': str(Path(minibatch.__file__).parent.parent)}
+    environment = {**os.environ, 'PYTHONPATH': str(Path(mb.__file__).parent.parent)}
     with subprocess.Popen([sys.executable, *args], text=True, env=environment, **options) as process:
         try:
             yield process
@@ -37,10 +44,18 @@ def running(*args: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
                     child.kill()
 
 
-def consumer(url: str, stream: str, *, work: float = 0.0, interrupt: Any = None, **options: Any) -> Any:
-    """scripts/consume.py; `interrupt` is (signal, 'before' or 'after', function of the store, which call)."""
-    config = {'url': url, 'stream': stream, 'work': work, 'interrupt': interrupt, 'options': options}
-    return running(str(SCRIPTS / 'consume.py'), json.dumps(config))
+def consumer(
+    url: str, stream: str, *, work: float = 0.0, say: bool = False, interrupt: Any = None, stdout: Any = None, **options: Any
+) -> Any:
+    """scripts/consume.py with options of streaming.
+
+    Args:
+        work: seconds which the function takes.
+        say: whether the function prints the id of its window when it begins.
+        interrupt: [signal, 'before' or 'after', a function of the store, which call].
+    """
+    config = {'url': url, 'stream': stream, 'work': work, 'say': say, 'interrupt': interrupt, 'options': options}
+    return running(str(SCRIPTS / 'consume.py'), json.dumps(config), stdout=stdout)
 
 
 def producer(url: str, stream: str, source: int, count: int) -> Any:
@@ -87,6 +102,86 @@ def terminate(process: subprocess.Popen[str], number: signal.Signals = signal.SI
     process.send_signal(number)
     assert process.wait(20) == 0
     gone(workers)
+
+
+class InThisThread:
+    """An executor that has done it when submit returns."""
+
+    def submit(self, fn: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn())
+        except Exception as exc:
+            future.set_exception(exc)
+        return future
+
+
+def note(window: mb.MessageWindow) -> dict[str, Any]:
+    """A function for consumers: what it saw, as `Seen` and the collection `seen` have it."""
+    seen = [[data['source'], data['seq']] for data in window.data]
+    place = {'window': window.id, 'number': window.number, 'start': window.start, 'end': window.end}
+    return {**place, 'attempt': window.attempt, 'seen': seen}
+
+
+class Seen(list[dict[str, Any]]):
+    """A sink in this process, for the results of `note`."""
+
+    put = list.append
+
+    def messages(self) -> list[list[Any]]:
+        """The messages of each window once, by the numbers of the windows."""
+        windows = {result['number']: result['seen'] for result in self}
+        return [message for number in sorted(windows) for message in windows[number]]
+
+    def count(self) -> int:  # type: ignore[override]
+        return len(self.messages())
+
+
+@contextmanager
+def started(emitter: WindowEmitter) -> Iterator[WindowEmitter]:
+    """Run a consumer in a thread of this process."""
+    emitter.start()
+    try:
+        yield emitter
+    finally:
+        emitter.stop()
+    assert emitter._thread and not emitter._thread.is_alive(), 'does not stop'
+
+
+def command(verb: str, collection: str) -> bytes:
+    """How a command begins on the wire."""
+    return b'\x02%b\x00%b%b\x00' % (verb.encode(), struct.pack('<i', len(collection) + 1), collection.encode())
+
+
+def write_at(
+    db: Database[dict[str, Any]], stream: str, times: list[datetime], source: Any = 0, first: int = 0
+) -> None:
+    """Write one message for each time, as a producer would whose clock showed it."""
+    records = [
+        store.record_batch(stream, f'producer{source}', seq, [bson.encode({'source': source, 'seq': seq})], [time], [None])
+        for seq, time in enumerate(times, first)
+    ]
+    assert store.insert_records(db.buffer, records) == (len(records), '')
+
+
+def prove_times(windows: list[dict[str, Any]], times: list[datetime]) -> None:
+    """Every message of source 0 is in the window of its time, the windows touch, and none is there twice."""
+    for before, window in pairwise(windows):
+        assert before['end'] == window['start']
+    for window in windows:
+        for source, seq in window['seen']:
+            assert source or window['start'] <= times[seq] < window['end'], f'message {seq} is in the wrong window'
+
+
+def prove_log(db: Database[dict[str, Any]], stream: str, counts: dict[Any, int]) -> None:
+    """What `prove` says, of the messages as they are stored, and the offsets of each producer have no gap."""
+    ends: dict[str, int] = defaultdict(int)
+    seen = []
+    for doc in db.buffer.find({'stream': stream}, sort=[('producer', 1), ('offset', 1)]):
+        assert doc['offset'] == ends[doc['producer']], 'a gap in the offsets, or one used twice'
+        ends[doc['producer']] += doc['n']
+        seen += [[data['source'], data['seq']] for data in doc.get('batch') or [doc['data']]]
+    prove(seen, counts)
 
 
 def appended(stream: Any, source: int, start: int, end: int) -> None:

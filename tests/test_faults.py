@@ -1,36 +1,43 @@
 """What must hold when processes are killed, stopped or forked, and when connections and servers are lost."""
 from __future__ import annotations
 
-import multiprocessing
-import os
+import itertools
 import random
 import signal
 import subprocess
 import threading
-from typing import Any
+from datetime import datetime, timedelta, timezone
 
-import psutil
 import pytest
 from processes import (
+    SCRIPTS,
     History,
+    InThisThread,
+    Seen,
     appended,
+    command,
     consumer,
-    gone,
     family,
     is_stopped,
     kill,
+    note,
     owner_of,
     prove,
+    prove_log,
+    prove_times,
     prove_windows,
+    running,
     seen_count,
+    started,
     terminate,
     windows_seen,
+    write_at,
 )
-from pymongo import MongoClient
+from pymongo.errors import AutoReconnect
 from servers import Mongod, Proxy, eventually
 
 import minibatch as mb
-from minibatch.consumer import Consumer
+from minibatch import store
 
 # Every write of the consumer's loop. The first death leaves a lease behind, as the fence needs one to be called.
 WRITES = ('claim_windows', 'take_lease', 'fence', 'adopt_windows', 'commit_windows', 'write_positions', 'write_progress',
@@ -230,9 +237,75 @@ def test_appends_wait_while_connections_are_refused_and_cut(mongod, url, db, cap
     ('findAndModify', 'group'), ('insert', 'window'), ('update', 'window'), ('update', 'position'), ('update', 'group'),
     ('delete', 'window'), ('delete', 'buffer'),
 ])
-def test_a_consumer_goes_on_after_the_reply_to_any_of_its_writes_was_lost(mongod, db, verb, collection):
-    seen = Seen()
+def test_a_consumer_goes_on_when_the_reply_to_one_of_its_writes_was_lost(mongod, url, db, verb, collection):
+    seen, history = Seen(), History(db)
     with Proxy(mongod.port) as proxy:
-        stream = mb.stream('faults', url=proxy.url(db.name))
+        stream = mb.stream('faults', url=f'{proxy.url(db.name)}&retryWrites=false')
+        appended(stream, 0, 0, 500)
+        emitter = mb.make_emitter('faults', note, stream=stream, size=10, executor=InThisThread, sink=seen, lease=2.0)
         happened = proxy.cut_reply(command(verb, collection))
-        emitter = stream.streaming(note, size=10, executor=InThisThread, sink=seen, lease=2.0)
+        with started(emitter):
+            assert happened.wait(10)
+            appended(stream, 0, 500, 1000)
+            eventually(lambda: seen.count() == 1000)
+            eventually(lambda: not db.buffer.count_documents({}), message='messages stay behind')
+    prove(seen.messages(), {0: 1000})
+    history.prove()
+
+
+def test_fixed_windows_stay_right_when_the_connection_is_lost_while_they_are_claimed(url, db, monkeypatch):
+    seen, errors, claim_windows = Seen(), [AutoReconnect('lost')], store.claim_windows
+
+    def lossy(*args):
+        if errors:
+            raise errors.pop()
+        claim_windows(*args)
+
+    monkeypatch.setattr(store, 'claim_windows', lossy)
+    stream = mb.stream('faults', url=url)
+    start = datetime.now(timezone.utc).replace(microsecond=0) - timedelta(seconds=20)
+    times = [start + timedelta(seconds=0.1 * i) for i in range(100)]
+    write_at(db, 'faults', times)
+    emitter = mb.make_emitter(
+        'faults', note, stream=stream, interval=1.0, relaxed=False, executor=InThisThread, sink=seen
+    )
+    with started(emitter):
+        eventually(lambda: seen.count() == 100)
+    assert not errors
+    prove_times(seen, times)
+
+
+def test_what_mongodb_acknowledged_survives_its_death_and_both_sides_go_on(rng):
+    with Mongod() as server:
+        url, db = server.url('test'), server.client['test']
+        stream, stop, count = mb.stream('faults', url=url), threading.Event(), itertools.count()
+
+        def produce():
+            while not stop.is_set():
+                appended(stream, 0, seq := 5 * next(count), seq + 1)
+                for more in range(seq + 1, seq + 5):
+                    stream.append({'source': 0, 'seq': more})
+
+        producing = threading.Thread(target=produce)
+        with consumer(url, 'faults', size=5, workers=1, lease=2.0) as process:
+            producing.start()
+            try:
+                for _ in range(3):
+                    before = seen_count(db)
+                    eventually(lambda: seen_count(db) > before + 100, 40)  # noqa: B023
+                    with pytest.raises(subprocess.TimeoutExpired):
+                        process.wait(rng.uniform(0, 0.3))
+                    server.kill()
+                    server.start()
+            finally:
+                stop.set()
+                producing.join(60)
+            end = 5 * next(count)
+            eventually(lambda: seen_count(db) == end, 40, f'{end} messages not all seen')
+            terminate(process)
+        prove_windows(db, {0: end})
+
+
+def append_one_by_one(stream: mb.Stream, source: int, count: int) -> None:
+    for seq in range(count):
+        stream.append({'source': source, 'seq': seq})

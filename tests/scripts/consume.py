@@ -1,7 +1,8 @@
 """A consumer as a process of its own, which writes what its windows saw to the collection `seen`.
 
-It takes one argument, JSON: url, stream, options of streaming, `work` (seconds which the function takes), and
-`interrupt`, [signal, before or after, a function of the store, which call]: there it sends itself that signal.
+It takes one argument, JSON: url, stream, options of streaming, `work` (seconds which the function takes), `say`
+(whether it prints the id of its window), and `interrupt`, [signal, before or after, a function of the store, which
+call]: there it sends itself that signal.
 """
 import itertools
 import json
@@ -14,7 +15,7 @@ import minibatch as mb
 from minibatch import store
 
 config = json.loads(sys.argv[1])
-work = config['work']
+work, say = config['work'], config['say']
 db = mb.connectdb(config['url'])
 
 
@@ -24,6 +25,8 @@ class Seen:
 
 
 def process(window):
+    if say:
+        print(window.id, flush=True)
     time.sleep(work)
     seen = [[data['source'], data['seq']] for data in window.data]
     return {'window': window.id, 'number': window.number, 'attempt': window.attempt, 'seen': seen}
