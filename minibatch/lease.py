@@ -79,9 +79,9 @@ class Lease:
 
 
 def take(
-    target: Target, stream: str, group: str, seconds: float, token: str, fingerprint: str, keep: bool
+    target: Target, stream: str, group: str, seconds: float, token: str, fields: dict[str, Any]
 ) -> Lease | dict[str, Any]:
-    """Take the lease if it is free or its owner on this host is dead.
+    """Take the lease if it is free or its owner on this host is dead; `fields` go into the group's document.
 
     Returns:
         The lease, or else the owner.
@@ -94,15 +94,14 @@ def take(
     holder = (doc or {}).get('lease', {}).get('owner', {})
     dead = holder and (holder['token'] == token or is_dead(holder))
     asked = time.monotonic()
-    fields = {'fingerprint': fingerprint, 'keep': keep}
     taken = store.take_lease(db, stream, group, owner(token), seconds, holder['token'] if dead else '', fields)
     if taken is not None:
         return Lease(target, stream, group, seconds, taken, asked)
     doc = store.find_group(db, stream, group) or {}
-    if doc.get('fingerprint') != fingerprint:
+    if doc.get('fingerprint') != fields['fingerprint']:
         raise GroupConflictError(
             f"stream {stream!r} is being consumed as group {group!r} by {doc.get('fingerprint')}, not by "
-            f'{fingerprint}; give one of them another group=, or stop the other one first'
+            f'{fields["fingerprint"]}; give one of them another group=, or stop the other one first'
         )
     return dict(doc['lease']['owner'])
 

@@ -128,7 +128,7 @@ class WindowEmitter:
         self.queue, self.source = queue, source
         self._stream, self._stream_url, self._cnx_kwargs = stream, stream_url, cnx_kwargs
         self._keep = keep
-        self._stop = self._stop_at_once = False
+        self._stop = False
         self._thread: threading.Thread | None = None
         self._consumer = Consumer(self)
 

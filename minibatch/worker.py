@@ -211,14 +211,17 @@ class Pool:
         try:
             completion: Completion = self._executor.submit(fn)
         except loky.process_executor.BrokenProcessPool:
-            self.shutdown(at_once=True)
+            self._executor.shutdown(wait=True, kill_workers=True)
             self._start()
             completion = self._executor.submit(fn)
         return completion
 
-    def shutdown(self, at_once: bool = False) -> None:
-        """End the workers, `at_once` or when they have done what they were given."""
-        self._executor.shutdown(wait=True, kill_workers=at_once)
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        """End the workers when they have done what they were given, or at once after an error."""
+        self._executor.shutdown(wait=True, kill_workers=kind is not None)
 
 
 def _nothing() -> None:

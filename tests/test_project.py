@@ -23,7 +23,7 @@ LEVELS = {
     0: {'errors', 'abc', 'clock'},
     1: {'connection', 'embedded', 'store', 'marshaller'},
     2: {'models', 'producer'},
-    3: {'lease', 'progress', 'retention', 'wakeup', 'window', 'consumer', 'worker', 'metrics'},
+    3: {'lease', 'progress', 'retention', 'wakeup', 'window', 'consumer', 'planner', 'worker', 'metrics'},
     4: {'api', 'cli', 'demo', 'testing', 'contrib', '', '__main__'},
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
