@@ -463,6 +463,7 @@ class LogView:
     def __init__(self, planner: Planner, frontier: datetime | None) -> None:
         self._planner = planner
         self.frontier = frontier
+        self.memory: dict[str, Any] = {}
 
     def waiting(self) -> list[Span]:
         planned = self._planner.progress.planned

@@ -10,8 +10,8 @@ Collections (see docs/architecture.rst for why):
               - ``meta``: n values, if any message has one
 
               A producer's offsets are 0, 1, 2 ... without gaps; a record batch takes n of them from ``offset`` on.
-``group``     {_id: stream/group, stream, group, lease: {owner, epoch, expires}, fingerprint, keep, picks, number, frontier,
-              windows, messages, expired_unprocessed}; every window up to ``number`` is finished
+``group``     {_id: stream/group, stream, group, lease: {owner, epoch, expires}, fingerprint, keep, picks, number,
+              frontier, windows, messages, expired_unprocessed}; every window up to ``number`` is finished
 ``position``  {_id: stream/group/producer, stream, group, producer, offset, epoch, updated}; every message of the
               producer below ``offset`` is finished
 ``window``    {_id: stream/group/number, stream, group, number, spans, n, start, end, status, epoch, attempts, error,

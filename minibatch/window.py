@@ -29,6 +29,10 @@ class Log(Protocol):
     frontier: datetime | None
     """Up to when windows were planned, in time windows; emitters move it."""
 
+    memory: dict[str, Any]
+    """What the emitter remembers of producers. It is empty when the lease is taken anew, because what was planned
+    last may not have been claimed."""
+
     def waiting(self) -> list[Span]:
         """What is not yet in a window, of each producer that has something, oldest producer first."""
 
@@ -352,10 +356,6 @@ class FixedTimeWindow(RelaxedTimeWindow):
 
     emits_empty = True
 
-    def __init__(self, stream_name: str, interval: float | None = None, **options: Any) -> None:
-        super().__init__(stream_name, interval=interval, **options)
-        self._seen: dict[str, _Seen] = {}
-
     def plan(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
         step = self._step()
         waiting = log.waiting()
@@ -364,19 +364,21 @@ class FixedTimeWindow(RelaxedTimeWindow):
         plans: list[WindowPlan] = []
         while log.frontier + step <= now and len(plans) < limit:
             start, end = log.frontier, log.frontier + step
-            spans = [self._cut(log, span, end, now) for span in waiting]
+            spans = [_cut(log, span, end, now) for span in waiting]
             rest = [span._replace(start=cut.end) for span, cut in zip(waiting, spans, strict=True)]
             waiting, spans = ([span for span in each if span.start < span.end] for each in (rest, spans))
             if spans or self.emit_empty:
                 plans.append(WindowPlan(spans, start, end))
             log.frontier = end
+        log.memory = {span.producer: log.memory[span.producer] for span in waiting if span.producer in log.memory}
         self._due = log.frontier + step
         return plans
 
-    def _cut(self, log: Log, span: Span, end: datetime, now: datetime) -> Span:
-        """The messages of `span` that belong before `end`."""
-        seen = self._seen.setdefault(span.producer, _Seen(span.start))
-        return span._replace(end=seen.cut(log, span, end, now))
+
+def _cut(log: Log, span: Span, end: datetime, now: datetime) -> Span:
+    """The messages of `span` that belong before `end`."""
+    seen: _Seen = log.memory.setdefault(span.producer, _Seen(span.start))
+    return span._replace(end=seen.cut(log, span, end, now))
 
 
 class _Seen:

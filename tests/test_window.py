@@ -19,7 +19,7 @@ class FakeLog:
 
     def __init__(self, frontier=None, batch=1, **producers):
         self.producers, self.frontier, self.batch = producers, frontier, batch
-        self.planned = {}
+        self.planned, self.memory = {}, {}
 
     def waiting(self):
         spans = [Span(name, self.planned.get(name, 0), len(times)) for name, times in sorted(self.producers.items())]
@@ -167,6 +167,11 @@ def test_every_message_is_in_exactly_one_fixed_window_however_often_is_planned()
     for now in range(80):
         log.take(emitter, now)
     assert log.planned == {'a': 100}
+
+
+def test_fixed_windows_that_were_not_claimed_are_planned_again_the_same():
+    emitter, logs = FixedTimeWindow('s', interval=5), [FakeLog(frontier=at(0), a=[1, 6, 11]) for _ in range(2)]
+    assert logs[0].take(emitter, 15) == logs[1].take(emitter, 15) == [[('a', 0, 1)], [('a', 1, 2)], [('a', 2, 3)]]
 
 
 # --- arguments
