@@ -195,9 +195,7 @@ class Planner:
         if self.progress.frontier is not None:
             ends.append(self.progress.frontier)
         self.log = LogView(self, max(ends, default=None))
-        alive = store.log_ends(db, self.name)
-        store.prune_positions(db, self.name, self.group, alive, self.lease.now())
-        self.follower.resume({producer: at for producer, at in positions.items() if producer in alive})
+        self.follower.resume(positions)
 
     def _claim_of(self, window: dict[str, Any], start: Any, end: Any) -> Claim:
         claim = Claim(
@@ -228,6 +226,7 @@ class Planner:
                     self._expired(self.progress.skip_to(producer, first))
         if len(self.progress.planned) > 2 * len(self._ends) + 100:
             self.progress.forget(self._ends)
+            self._begun.intersection_update(self._ends)
         news = self._ends != before
         told = listener(self.target).is_open
         self._look_pause = (

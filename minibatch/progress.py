@@ -89,7 +89,7 @@ class Progress:
         needed = {*alive, *(span.producer for claim in self.open.values() for span in claim.spans)}
         done = [p for p, at in self.planned.items() if p not in needed and self._written.get(p) == at]
         for producer in done:
-            del self.planned[producer]
+            del self.planned[producer], self._written[producer]
 
     def _plan(self, spans: Iterable[Span]) -> None:
         for span in spans:

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 PAUSE = 0.1
 READ_MARK_PAUSE = 1.0
+PRUNE_PAUSE = 600.0
 
 
 class Follower:
@@ -41,11 +42,12 @@ class Follower:
         self._busy = self._closed = False
         self._error: Exception | None = None
         self._last = self._read_marked = 0.0
+        self._pruned = -PRUNE_PAUSE
         self._thread: threading.Thread | None = None
 
     def resume(self, positions: dict[str, int]) -> None:
         """These positions were written before; what is behind them may not be deleted yet."""
-        self._positions = dict(positions)
+        self._positions = positions.copy()
 
     def count(self, **counts: int) -> None:
         """Add to the counters of the group."""
@@ -133,6 +135,7 @@ class Follower:
         if not self._keep and number > self._deleted_number:
             store.delete_windows(db, self._stream, self._group, self._deleted_number + 1, number + 1)
             self._deleted_number = number
+        self._forget_idle_producers()
         limits, keep = store.released(db, self._stream, self._group, self._positions)
         clean = store.mark_processed if keep else store.delete_records
         for producer, upto in limits.items():
@@ -142,3 +145,12 @@ class Follower:
         if time.monotonic() - self._read_marked > READ_MARK_PAUSE:
             store.touch_stream(db, self._stream, clock.now())
             self._read_marked = time.monotonic()
+
+    def _forget_idle_producers(self) -> None:
+        if time.monotonic() - self._pruned < PRUNE_PAUSE:
+            return
+        self._pruned = time.monotonic()
+        alive = store.log_ends(self._target.majority, self._stream)
+        store.prune_positions(self._target.majority, self._stream, self._group, alive, clock.now())
+        self._positions = {producer: at for producer, at in self._positions.items() if producer in alive}
+        self._cleaned = {producer: at for producer, at in self._cleaned.items() if producer in alive}

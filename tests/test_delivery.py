@@ -312,3 +312,310 @@ def test_a_result_that_cannot_be_pickled_is_an_error_of_its_own_window(stream, d
     assert emitter_of(stream, lock_or_one, size=1, workers=1, executor=None, sink=ListSink(seen))._run_once() == 1
     assert seen[-1] == 1
     assert 'lock' in db.window.find_one({'status': 'open'})['error']
+
+
+# --- where the function runs
+
+
+def double(window):
+    return [2 * data['a'] for data in window.data]
+
+
+@pytest.mark.parametrize('make', [
+    lambda: concurrent.futures.ThreadPoolExecutor,
+    lambda: concurrent.futures.ThreadPoolExecutor(2),
+    lambda: concurrent.futures.ProcessPoolExecutor,
+    lambda: concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context('spawn')),
+    lambda: InThisThread,
+    InThisThread,
+    lambda: None,
+], ids=['threads', 'threads made', 'processes', 'processes made', 'inline', 'inline made', 'default'])
+def test_any_executor_runs_functions_lambdas_and_builtins(stream, make):
+    for fn, expected in ((double, [2, 4]), (lambda window: [7 * data['a'] for data in window.data], [7, 14]), (len, 2)):
+        seen = []
+        stream.append_many([{'a': 1}, {'a': 2}])
+        assert emitter_of(stream, fn, size=2, executor=(executor := make()), sink=ListSink(seen))._run_once() == 1
+        assert seen == [expected]
+        if isinstance(executor, concurrent.futures.Executor):
+            executor.shutdown()
+
+
+def test_a_function_that_cannot_travel_is_refused_at_once_naming_the_variable(stream):
+    held = threading.Lock()
+    with pytest.raises(PortabilityError, match="'held'"):
+        mb.make_emitter('test', lambda window: held.locked(), stream=stream, size=1)
+    with pytest.raises(PortabilityError, match="'LOCK'"):
+        mb.streaming('test', uses_a_global_lock, stream=stream, size=1)
+
+
+def uses_a_global_lock(window):
+    return LOCK.locked()
+
+
+THREE_LINES = """import minibatch as mb
+@mb.streaming('test', size=2)
+def process(window): print(window.data)
+"""
+
+
+@pytest.mark.parametrize('blocking', [True, False])
+def test_a_script_of_three_lines_prints_its_windows_once_and_is_not_run_by_the_workers(stream, tmp_path, monkeypatch, blocking):
+    monkeypatch.setenv('MINIBATCH_MONGO_URL', stream.target.url)
+    script = tmp_path / 'script.py'
+    script.write_text(THREE_LINES.replace('2)', f'2, blocking={blocking})') + 'print("end")\n')
+    stream.append_many({'a': a} for a in range(5))
+    with running(str(script), stdout=subprocess.PIPE) as process:
+        lines = []
+        if blocking:
+            lines += [process.stdout.readline(), process.stdout.readline()]
+            terminate(process)
+        lines += process.stdout.readlines()
+        assert process.wait(10) == 0
+    assert sorted(lines[:2]) == ["[{'a': 0}, {'a': 1}]\n", "[{'a': 2}, {'a': 3}]\n"]
+    assert lines[2:] == ['end\n']
+
+
+def test_a_print_is_a_function_for_windows(stream, capfd):
+    stream.append({'a': 1})
+    assert emitter_of(stream, print, size=1, executor=None, workers=1)._run_once() == 1
+    assert capfd.readouterr().out == '<window test/default/000000000001 with 1 messages>\n'
+
+
+def test_a_function_in_a_worker_appends_to_another_stream_of_the_connected_database(url, db):
+    with running('-c', CHAINED, url) as process:
+        assert process.wait(30) == 0
+    assert [doc['data']['a'] for doc in db.buffer.find({'stream': {'$in': ['second', 'third']}})] == [1, 1]
+
+
+CHAINED = """
+import os, sys
+import minibatch as mb
+
+os.environ['MINIBATCH_MONGOD'] = '/does/not/exist'  # there is no embedded server to fall back to
+mb.connectdb(sys.argv[1])
+third = mb.stream('third')
+
+def process(window):
+    mb.stream('second').append(window.data[0])
+    third.append(window.data[0])
+
+mb.stream('first').append({'a': 1})
+mb.streaming('first', process, size=1, workers=1, blocking=False)
+"""
+
+
+# --- stopping
+
+
+@pytest.mark.parametrize('make', [
+    lambda: multiprocessing.get_context('spawn').Queue(), lambda: __import__('queue').Queue(),
+])
+def test_a_true_item_in_the_queue_stops_the_loop(stream, make):
+    queue = make()
+    seen = Seen()
+    thread = threading.Thread(target=emitter_of(stream, size=1, queue=queue, sink=seen).run)
+    thread.start()
+    try:
+        queue.put(False)
+        appended(stream, 0, 0, 5)
+        eventually(lambda: seen.count() == 5)
+    finally:
+        queue.put(True)
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_should_stop_can_be_overridden_and_stop_still_stops(stream):
+    seen = Seen()
+    emitter = emitter_of(stream, size=1, sink=seen)
+    emitter.should_stop = lambda: len(seen) >= 3
+    appended(stream, 0, 0, 3)
+    emitter.run()
+    assert len(seen) == 3
+    emitter.should_stop = lambda: False
+    with started(emitter):
+        appended(stream, 0, 3, 6)
+        eventually(lambda: seen.count() == 6)
+
+
+def test_the_flag_stops_the_loop_and_start_starts_it_again(stream):
+    seen = Seen()
+    emitter = emitter_of(stream, size=1, sink=seen)
+    for turn in range(3):
+        emitter.start()
+        appended(stream, 0, turn, turn + 1)
+        eventually(lambda: seen.count() == turn + 1)  # noqa: B023
+        with pytest.raises(ArgumentError, match='started already'):
+            emitter.start()
+        emitter._stop = True
+        eventually(lambda: not emitter._thread.is_alive())
+
+
+# --- messages of old
+
+
+def old(number, processed=False):
+    return {'stream': 'test', 'data': {'source': 0, 'seq': number}, 'processed': processed,
+            'created': datetime(2020, 1, 1, tzinfo=timezone.utc)}
+
+
+def test_a_database_of_the_old_format_is_read_to_the_end_in_order_while_more_comes(url, db):
+    db.stream.insert_one({'name': 'test', 'status': 'open', 'created': datetime(2020, 1, 1, tzinfo=timezone.utc),
+                          'interval': 10, 'last_read': datetime(2020, 1, 1, tzinfo=timezone.utc)})
+    db.buffer.insert_many([old(-1, processed=True) for _ in range(10)])
+    db.buffer.insert_many([old(seq) for seq in range(2500)])
+    seen = Seen()
+    stream = mb.stream('test', url=url)
+    mb.connectdb(url)
+    try:
+        with started(emitter_of(stream, size=10, sink=seen)):
+            eventually(lambda: seen.count() > 100)
+            db.buffer.insert_many([old(seq) for seq in range(2500, 2800)])
+            appended(stream, 1, 0, 100)
+            for seq in range(2800, 2900):
+                Buffer(stream='test', data={'source': 0, 'seq': seq}).save()
+            eventually(lambda: seen.count() == 3000)
+            eventually(lambda: db.buffer.count_documents({}) == 10)
+    finally:
+        mb.connection.disconnect()
+    prove(seen.messages(), {0: 2900, 1: 100})
+
+
+# --- several servers
+
+
+def test_two_databases_work_side_by_side_in_one_process(url, standalone_url):
+    streams = [mb.stream('test', url=each) for each in (url, standalone_url)]
+    seen = [Seen(), Seen()]
+    with ExitStack() as stack:
+        for stream, sink in zip(streams, seen, strict=True):
+            stack.enter_context(started(emitter_of(stream, size=10, sink=sink, keep=True)))
+        for source, stream in enumerate(streams):
+            appended(stream, source, 0, 100)
+        eventually(lambda: seen[0].count() == seen[1].count() == 100)
+    for source, stream in enumerate(streams):
+        prove(seen[source].messages(), {source: 100})
+        first = stream.window().order_by('number').first()
+        assert first.data == [{'source': source, 'seq': seq} for seq in range(10)]
+        assert stream.buffer().first().modify(processed=False)
+        assert stream.buffer(processed=False).count() == 1
+        stream.buffer().first().delete()
+        first.delete()
+        assert (stream.buffer().count(), stream.window().count()) == (0, 9)
+        stream.window().delete()
+        assert stream.window().count() == 0
+
+
+def test_a_standalone_server_has_all_the_basics(standalone_url):
+    stream = mb.stream('test', url=standalone_url)
+    seen = Seen()
+    with started(emitter_of(stream, size=10, executor=None, sink=seen, max_workers=1)):
+        appended(stream, 0, 0, 50)
+        eventually(lambda: seen.count() == 50)
+        for seq in range(50, 100):
+            stream.append({'source': 0, 'seq': seq})
+        eventually(lambda: seen.count() == 100)
+    prove(seen.messages(), {0: 100})
+    assert stream.buffer().count() == 0
+
+
+# --- emitters which pick messages
+
+
+class SortedWindow(WindowEmitter):
+    """Windows of `interval` even values, in their order."""
+
+    def window_ready(self):
+        found = Buffer.objects.no_cache().filter(processed=False)
+        self._data = [obj for obj in sorted(found, key=lambda obj: obj.data['value']) if obj.data['value'] % 2 == 0]
+        self._data = self._data[:self.interval]
+        return len(self._data) == self.interval, ()
+
+    def query(self, *args):
+        return self._data
+
+
+VALUES = [5, 8, 2, 4, 9, 0, 6, 1, 3, 7]
+
+
+@pytest.mark.parametrize('executor', [InThisThread, None])
+@pytest.mark.parametrize('how', ['single', 'batch', 'two producers'])
+def test_an_emitter_picks_messages_out_of_order(stream, db, standalone_url, executor, how):
+    mb.connectdb(standalone_url)  # the default is another database
+    try:
+        if how == 'single':
+            for value in VALUES:
+                stream.append({'value': value})
+        if how == 'batch':
+            stream.append_many({'value': value} for value in VALUES)
+        if how == 'two producers':
+            stream.append_many({'value': value} for value in VALUES[:5])
+            append_as_another(db, VALUES[5:])
+        seen = []
+        emitter = emitter_of(stream, data_of, emitter=SortedWindow, interval=2, executor=executor, sink=ListSink(seen),
+                             max_workers=1)
+        with started(emitter):
+            eventually(lambda: len(seen) == 2)
+            stream.append({'value': 10})
+            eventually(lambda: len(seen) == 3)
+        assert seen == [[{'value': 0}, {'value': 2}], [{'value': 4}, {'value': 6}], [{'value': 8}, {'value': 10}]]
+        assert sorted(obj.data['value'] for obj in stream.buffer()) == [1, 3, 5, 7, 9]
+        assert stream.buffer(processed=True).count() == 0
+    finally:
+        mb.connection.disconnect()
+
+
+def data_of(window):
+    return window.data
+
+
+def append_as_another(db, values):
+    from bson import encode
+
+    from minibatch import store
+
+    now = datetime.now(timezone.utc)
+    datas = [encode({'value': value}) for value in values]
+    store.insert_records(db.buffer, [store.record_batch('test', 'another', 0, datas, [now] * len(datas), [None] * len(datas))])
+
+
+def test_an_emitter_which_picks_marks_messages_with_keep(stream):
+    seen = []
+    stream.append_many({'value': value} for value in VALUES)
+    emitter = emitter_of(stream, data_of, emitter=SortedWindow, interval=2, keep=True, sink=ListSink(seen))
+    with started(emitter):
+        eventually(lambda: len(seen) == 2)
+        eventually(lambda: stream.buffer(processed=True).count() == 4)
+    assert stream.buffer().count() == 10
+    assert stream.window(processed=True).count() == 2
+
+
+def test_beside_an_emitter_which_picks_there_is_no_other_group(stream):
+    emitter_of(stream, emitter=SortedWindow, interval=2)._run_once()
+    with pytest.raises(GroupConflictError):
+        emitter_of(stream, size=2, group='another')._run_once()
+
+
+def test_an_emitter_which_picks_does_not_pick_after_another_group(stream):
+    emitter_of(stream, size=2, group='another')._run_once()
+    with pytest.raises(GroupConflictError):
+        emitter_of(stream, emitter=SortedWindow, interval=2)._run_once()
+
+
+# --- first results
+
+
+def test_the_first_window_reaches_the_sink_of_the_default_pool(stream):
+    times = []
+
+    class Stopwatch:
+        def put(self, result):
+            times.append(time.perf_counter() - began)
+            emitter._stop = True
+
+    stream.append({'a': 1})
+    emitter = emitter_of(stream, size=1, executor=None, sink=Stopwatch())
+    began = time.perf_counter()
+    emitter.run()
+    print(f'first result after {times[0]:.3f} s, stopped after {time.perf_counter() - began:.3f} s')
+    assert len(times) == 1
