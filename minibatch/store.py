@@ -300,8 +300,8 @@ def find_group(db: DB, stream: str, group: str) -> Doc | None:
 
 
 def groups_of(db: DB, stream: str) -> list[Doc]:
-    """The consumer groups of a stream."""
-    return list(db.group.find({**_prefix(f'{stream}/'), 'stream': stream}))
+    """The consumer groups of a stream; the group without a name is the lease for adopting messages."""
+    return list(db.group.find({**_prefix(f'{stream}/'), 'stream': stream, 'group': {'$ne': ''}}))
 
 
 def take_lease(db: DB, stream: str, group: str, owner: Doc, seconds: float, instead_of: str, fields: Doc) -> Doc | None:

@@ -219,6 +219,12 @@ def test_messages_are_released_when_every_group_is_through(log):
     assert store.released(log, 's', 'g', {'a': 10}) == ({'a': 7}, False)
 
 
+def test_the_lease_for_adopting_messages_is_no_consumer_group(log):
+    store.take_lease(log, 's', '', owner('1'), 60, '', {})
+    assert store.groups_of(log, 's') == []
+    assert store.released(log, 's', 'g', {'a': 10}) == ({'a': 10}, False)
+
+
 def test_groups_of_streams_whose_names_begin_alike_are_told_apart(log):
     store.take_lease(log, 's', 'g', owner('1'), 60, '', {})
     store.take_lease(log, 's/g', 'h', owner('2'), 60, '', {})

@@ -1,0 +1,34 @@
+"""Idle consumers are told of appends."""
+
+import threading
+
+from servers import eventually
+
+import minibatch as mb
+from minibatch.connection import Target
+from minibatch.wakeup import Listener
+
+
+def test_a_listener_is_told_when_it_is_open_and_after_each_append_to_its_stream(url, db):
+    stream, other = mb.Stream.get_or_create('s', url=url), mb.Stream.get_or_create('other', url=url)
+    listener, told = Listener(Target(url, db.name)), []
+    listener.add('key', 's', lambda: told.append(1))
+    try:
+        eventually(lambda: told, message='not told that it is open')
+        assert listener.is_open
+        told.clear()
+        other.append({'a': 1})
+        stream.append({'a': 1})
+        eventually(lambda: told, message='not told of the append')
+        assert len(told) == 1
+    finally:
+        listener.remove('key')
+    eventually(lambda: not listener.is_open, message='open although nobody listens')
+
+
+def test_a_standalone_server_has_no_change_streams_and_that_is_found_out_once(standalone_url):
+    listener, told = Listener(Target(standalone_url, 'x')), threading.Event()
+    listener.add('key', 's', told.set)
+    eventually(lambda: not listener.supported)
+    assert not listener.is_open
+    listener.remove('key')

@@ -1,0 +1,144 @@
+"""What a worker does with a task."""
+
+import os
+import pickle
+import threading
+
+import pytest
+from servers import eventually
+
+from minibatch import clock, store, worker
+from minibatch.connection import Target
+from minibatch.marshaller import Portable
+from minibatch.models import Window
+from minibatch.producer import encode
+from minibatch.store import Span
+from minibatch.worker import Pool, Task, Work
+
+
+@pytest.fixture
+def target(url, db):
+    """A stream with 10 messages in a record batch, and 10 more one by one."""
+    target = Target(url, db.name)
+    store.ensure_indexes(target.db)
+    write(target, 0, 10)
+    for offset in range(10, 20):
+        write(target, offset, 1)
+    return target
+
+
+def write(target, offset, n):
+    datas = [encode({'v': v}) for v in range(offset, offset + n)]
+    store.insert_records(target.db.buffer, [store.record_batch('s', 'a', offset, datas, [clock.now()] * n, [None] * n)])
+
+
+def work(number, *spans):
+    return Work(store.window_id('s', 'g', number), number, clock.now(), None, None, 1, [Span(*span) for span in spans])
+
+
+def do(target, fn, *works, returns=True):
+    return Task(target, 's', None if fn is None else Portable(fn), list(works), returns)()
+
+
+def values(window):
+    return [data['v'] for data in window.data]
+
+
+def test_the_windows_of_a_task_each_get_their_messages(target):
+    outcomes = do(target, values, work(1, ('a', 0, 3)), work(2, ('a', 3, 12)), work(3, ('a', 12, 20)))
+    assert [outcome.value for outcome in outcomes] == [list(range(3)), list(range(3, 12)), list(range(12, 20))]
+
+
+def test_the_windows_of_a_task_are_read_at_once(target, monkeypatch):
+    reads = []
+    real = store.read_records
+    monkeypatch.setattr(store, 'read_records', lambda *args: reads.append(args[2]) or real(*args))
+    do(target, values, *(work(i, ('a', i, i + 1)) for i in range(20)))
+    assert reads == [Span('a', 0, 20)]
+
+
+@pytest.mark.parametrize('result', [[], 0, '', {}, False])
+def test_an_empty_result_is_a_result(target, result):
+    (outcome,) = do(target, lambda window: result, work(1, ('a', 0, 3)))
+    assert (outcome.value, outcome.error) == (result, '')
+
+
+def test_none_and_a_window_mean_the_data_of_the_window(target):
+    expected = [{'v': 0}, {'v': 1}]
+    for fn in (lambda window: None, lambda window: window, lambda window: Window(stream='s', data=window.data), None):
+        (outcome,) = do(target, fn, work(1, ('a', 0, 2)))
+        assert outcome.value == expected
+
+
+def test_without_a_sink_nothing_comes_back(target):
+    (outcome,) = do(target, lambda window: threading.Lock(), work(1, ('a', 0, 2)), returns=False)
+    assert (outcome.value, outcome.error) == (None, '')
+
+
+def test_a_function_that_raises_fails_its_own_window_only(target):
+    def fn(window):
+        if window.number == 2:
+            raise KeyError('lost')
+        return window.number
+
+    first, second, third = do(target, fn, *(work(i, ('a', i, i + 1)) for i in (1, 2, 3)))
+    assert (first.value, third.value) == (1, 3)
+    assert second.error == "KeyError: 'lost'"
+    assert 'in fn' in second.traceback
+    assert second.by_function
+
+
+def test_a_function_that_exits_is_a_failure(target):
+    (outcome,) = do(target, lambda window: exit(3), work(1, ('a', 0, 1)))
+    assert outcome.error.startswith('SystemExit')
+
+
+def test_a_result_that_cannot_be_pickled_fails_its_own_window_only(target):
+    fn = Portable(lambda window: threading.Lock() if window.number == 1 else 'fine')
+    task = pickle.loads(pickle.dumps(Task(target, 's', fn, [work(1, ('a', 0, 1)), work(2, ('a', 1, 2))], True)))
+    first, second = task()
+    assert 'cannot be pickled' in first.error
+    assert second.value == 'fine'
+
+
+def test_messages_that_were_deleted_are_counted_as_missing(target):
+    store.delete_records(target.majority, 's', Span('a', 0, 10))
+    (outcome,) = do(target, values, work(1, ('a', 5, 15)))
+    assert (outcome.value, outcome.missing) == (list(range(10, 15)), 5)
+
+
+def test_a_window_whose_messages_are_all_gone_does_not_reach_the_function(target):
+    store.delete_records(target.majority, 's', Span('a', 0, 10))
+    (outcome,) = do(target, lambda window: 1 / 0, work(1, ('a', 0, 5)))
+    assert (outcome.error, outcome.missing) == ('', 5)
+
+
+def test_messages_that_were_never_there_are_an_error_and_no_functions_fault(target, monkeypatch):
+    monkeypatch.setattr(worker, 'REREAD_PAUSES', (0.01,))
+    (outcome,) = do(target, values, work(1, ('a', 15, 25)))
+    assert 'not in the log' in outcome.error
+    assert not outcome.by_function
+
+
+def test_a_pool_whose_workers_died_is_made_anew(target):
+    with Pool(1, None) as pool:
+        died = pool.submit(lambda: os._exit(1))
+        with pytest.raises(Exception, match='terminated'):
+            died.result()
+        assert pool.submit(os.getpid).result() != os.getpid()
+
+
+def test_ctrl_c_reaches_the_parent_only(target):
+    import signal
+
+    with Pool(1, None) as pool:
+        handler = pool.submit(lambda: signal.getsignal(signal.SIGINT)).result()
+    assert handler == signal.SIG_IGN
+
+
+def test_workers_have_ended_when_the_pool_is_closed(target):
+    import psutil
+
+    with Pool(2, None) as pool:
+        pid = pool.submit(os.getpid).result()
+    eventually(lambda: not psutil.pid_exists(pid), message='the worker lives on')
