@@ -117,6 +117,17 @@ def target(url: str | None = None, dbname: str | None = None, **options: Any) ->
     return Target(url, dbname or urlsplit(url).path.lstrip('/') or DEFAULT_DBNAME, tuple(sorted(options.items())))
 
 
+def chosen() -> Target | None:
+    """What `connectdb` connected to, if it did."""
+    return _default
+
+
+def choose(default: Target | None) -> None:
+    """Mean this database wherever no URL is given; for workers, which mean what their parent means."""
+    global _default
+    _default = default
+
+
 def current() -> Target:
     """The database of models: that of `using`, else `connectdb`'s, else the first one opened, else see `target`."""
     return _using.get() or _default or _first or target()

@@ -63,7 +63,7 @@ class Consumer:
     def run(self) -> None:
         """Process windows until told to stop."""
         with self._signals(), self._executor():
-            while not self.emitter.should_stop():
+            while not self.should_stop():
                 try:
                     planner = self._lead()
                     if planner is None:
@@ -79,6 +79,10 @@ class Consumer:
                         raise
                     logger.warning('%s: trying again after: %s', self, exc)
                     self.wait(CONNECTION_PAUSE)
+
+    def should_stop(self) -> bool:
+        """Whether a signal, `stop`, or the emitter says so; users override the emitter's method."""
+        return self.emitter._stop or self.emitter.should_stop()
 
     def run_once(self) -> int:
         """Process what is due; returns how many windows were committed."""

@@ -205,21 +205,24 @@ class Demo:
         self._window, self._workers = window, workers
         self._embedded = not url and not any(os.environ.get(name) for name in URL_VARIABLES)
         self._interrupted = threading.Event()
+        self._streaming = False
         self._console = Console(highlight=False)
 
     def run(self) -> int:
         """Stream for a while, drain, and sum up; 1 if messages were lost or something failed."""
-        where = self._connect()
-        remove_old_runs(where)
-        began = now()
-        self.name = f'demo-{began.astimezone():%Y%m%d-%H%M%S}-{os.getpid()}'
-        where.majority[RUNS].insert_one({'_id': self.name, 'began': began, 'ended': False})
-        try:
-            with self._signals():
+        with self._signals():
+            where = self._connect()
+            remove_old_runs(where)
+            began = now()
+            self.name = f'demo-{began.astimezone():%Y%m%d-%H%M%S}-{os.getpid()}'
+            where.majority[RUNS].insert_one({'_id': self.name, 'began': began, 'ended': False})
+            try:
+                self._streaming = True
                 errors = self._stream(where)
-            found = tally(where, self.name, self.feeder.appended)
-        finally:
-            where.majority[RUNS].replace_one({'_id': self.name}, {'began': began, 'ended': True})
+                self._streaming = False
+                found = tally(where, self.name, self.feeder.appended)
+            finally:
+                where.majority[RUNS].replace_one({'_id': self.name}, {'began': began, 'ended': True})
         self._sum_up(found)
         for error in errors:
             print(f'error: {type(error).__name__}: {error}', file=sys.stderr)
@@ -273,9 +276,15 @@ class Demo:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end what is waited for."""
+        """Ctrl-C and SIGTERM end what is waited for, and the demo if nothing was streamed yet."""
+
+        def interrupt(*_: object) -> None:
+            self._interrupted.set()
+            if not self._streaming:
+                raise KeyboardInterrupt
+
         numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, lambda *_: self._interrupted.set()) for number in numbers]
+        before = [signal.signal(number, interrupt) for number in numbers]
         try:
             yield
         finally:

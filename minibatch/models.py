@@ -66,6 +66,8 @@ class MessageWindow:
         start, end: the time span [start, end) of a time window, else None.
         attempt: 1 for the first attempt.
         missing: how many of its messages had expired before they were read.
+
+    `as_picked` leaves the messages in the order of `records`, which an emitter has chosen.
     """
 
     def __init__(
@@ -78,13 +80,14 @@ class MessageWindow:
         end: datetime | None,
         attempt: int,
         records: list[tuple[Span, list[dict[str, Any]]]],
+        as_picked: bool = False,
     ) -> None:
         self.id, self.stream, self.number, self.created = id, stream, number, created
         self.start, self.end, self.attempt = start, end, attempt
         self._slices = [(span.producer, *piece) for span, found in records for piece in _trim(span, found)]
         self._count = sum(end - start for _, _, start, end in self._slices)
         self.missing = sum(span.end - span.start for span, _ in records) - self._count
-        self._merged = len({producer for producer, *_ in self._slices}) > 1
+        self._merged = not as_picked and len({producer for producer, *_ in self._slices}) > 1
 
     @property
     def data(self) -> list[dict[str, Any]]:
@@ -150,7 +153,13 @@ class _BoundQuerySet(QuerySet):
     """A query set whose documents stay with the database they came from."""
 
     def __next__(self) -> Any:
-        doc = super().__next__()
+        return self._bound(super().__next__())
+
+    def __getitem__(self, key: Any) -> Any:  # also behind first()
+        found = super().__getitem__(key)
+        return self._bound(found) if isinstance(found, Document) else found
+
+    def _bound(self, doc: Any) -> Any:
         collection = self._collection_obj
         doc._get_collection = lambda: collection
         return doc
@@ -215,6 +224,7 @@ class Window(_Model):
     epoch = IntField()
     attempts = IntField()
     error = StringField()
+    picked = BooleanField()
 
     def __init__(self, *args: Any, **values: Any) -> None:
         if 'data' in values:
@@ -235,7 +245,8 @@ class Window(_Model):
         records = [(span, store.read_records(db, self.stream, span)) for span in spans]
         start, end = (at and clock.aware(at) for at in (self.start, self.end))
         created = clock.aware(self.created)
-        return MessageWindow(self.id, self.stream, self.number, created, start, end, self.attempts or 1, records)
+        place = (self.id, self.stream, self.number, created, start, end, self.attempts or 1)
+        return MessageWindow(*place, records, as_picked=bool(self.picked))
 
 
 class Stream(_Model):

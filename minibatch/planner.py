@@ -101,7 +101,7 @@ class Planner:
 
     def run(self) -> None:
         """Process windows until told to stop, then finish what is in flight."""
-        while not self.emitter.should_stop():
+        while not self.consumer.should_stop():
             if not self._turn():
                 self._rest()
         deadline = time.monotonic() + STOP_TIMEOUT
@@ -296,6 +296,8 @@ class Planner:
             'created': claim.created,
             'processed': False,
         }
+        if self.emitter.picks:
+            doc['picked'] = True
         return {**doc, 'start': claim.start, 'end': claim.end} if claim.end else doc
 
     # --- dispatch
@@ -342,7 +344,7 @@ class Planner:
         works = [
             Work(
                 claim.id, claim.number, claim.created, claim.start, claim.end, claim.attempts, claim.spans,
-                claim.argument,
+                claim.argument, self.emitter.picks,
             )
             for claim in claims
         ]  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 import cloudpickle
 import loky
 
-from . import marshaller, store
+from . import connection, marshaller, store
 from .abc import Completion
 from .connection import Target
 from .errors import DataError, MinibatchError
@@ -32,7 +32,8 @@ PARENT_CHECK = 0.5
 
 @dataclass(frozen=True)
 class Work:
-    """One window to do; `argument`, if there is one, is what the function gets instead of the window."""
+    """One window to do; `argument`, if there is one, is what the function gets instead of the window,
+    `picked` says that the order of the spans is that of the messages."""
 
     id: str
     number: int
@@ -42,6 +43,7 @@ class Work:
     attempt: int
     spans: list[Span]
     argument: Any = None
+    picked: bool = False
 
 
 @dataclass
@@ -72,12 +74,15 @@ class Task:
 
     def __init__(self, target: Target, stream: str, fn: Portable | None, works: list[Work], returns: bool) -> None:
         self.target, self.stream, self.fn, self.works, self.returns = target, stream, fn, works, returns
+        self.default = connection.chosen()
         self.remote = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, remote=True)
 
     def __call__(self) -> list[Outcome]:
+        if self.remote:
+            connection.choose(self.default)
         try:
             found = _load(self.target, self.stream, self.works)
         except Exception as exc:
@@ -142,7 +147,8 @@ def _load(target: Target, stream: str, works: list[Work]) -> dict[str, tuple[lis
 
 def _window(target: Target, stream: str, work: Work, found: dict[str, tuple[list[int], list[Any]]]) -> MessageWindow:
     def view(records: list[tuple[Span, list[Any]]]) -> MessageWindow:
-        return MessageWindow(work.id, stream, work.number, work.created, work.start, work.end, work.attempt, records)
+        place = (work.id, stream, work.number, work.created, work.start, work.end, work.attempt)
+        return MessageWindow(*place, records, as_picked=work.picked)
 
     db = target.majority
     window = view([(span, _covering(span, *found[span.producer])) for span in work.spans])
