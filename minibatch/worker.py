@@ -181,8 +181,11 @@ def _covering(span: Span, offsets: list[int], records: list[Any]) -> list[Any]:
 
 def _failure(work: Work, exc: BaseException, by_function: bool) -> Outcome:
     error = f'{type(exc).__name__}: {exc}'
-    trace = ''.join(traceback.format_exception(exc))
-    return Outcome(work.number, error=error, traceback=trace, by_function=by_function)
+    trace = exc.__traceback__
+    while by_function and trace is not None and trace.tb_frame.f_globals.get('__package__') == __package__:
+        trace = trace.tb_next  # the frames above the function say nothing to its author
+    text = ''.join(traceback.format_exception(type(exc), exc, trace))
+    return Outcome(work.number, error=error, traceback=text, by_function=by_function)
 
 
 class Processed:

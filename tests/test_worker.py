@@ -85,6 +85,7 @@ def test_a_function_that_raises_fails_its_own_window_only(target):
     assert (first.value, third.value) == (1, 3)
     assert second.error == "KeyError: 'lost'"
     assert 'in fn' in second.traceback
+    assert 'worker.py"' not in second.traceback.replace('test_worker.py"', '')
     assert second.by_function
 
 
