@@ -51,6 +51,10 @@ class Consumer:
         self._seconds_per_window: float | None = None
         self._standing_by = False
 
+    @property
+    def _token_here(self) -> str:
+        return f'{self._token}-{os.getpid()}'  # a forked child is another consumer
+
     def wake(self, item: Any = None) -> None:
         """Make the loop look at once; `item` is a task with its completion, or nothing."""
         self._inbox.put(item)
@@ -120,7 +124,7 @@ class Consumer:
                 )
         what = f'{name_of(emitter.emitfn)} with {emitter.describe()}' if emitter.emitfn else emitter.describe()
         fields = {'fingerprint': what, 'keep': emitter.keep, 'picks': emitter.picks}
-        taken = lease.take(target, emitter.stream_name, emitter.group, emitter.lease, self._token, fields)
+        taken = lease.take(target, emitter.stream_name, emitter.group, emitter.lease, self._token_here, fields)
         if isinstance(taken, Lease):
             self._standing_by = False
             return Planner(self, taken)

@@ -14,8 +14,9 @@ Collections (see docs/architecture.rst for why):
               frontier, windows, messages, expired_unprocessed}; every window up to ``number`` is finished
 ``position``  {_id: stream/group/producer, stream, group, producer, offset, epoch, updated}; every message of the
               producer below ``offset`` is finished
-``window``    {_id: stream/group/number, stream, group, number, spans, n, start, end, status, epoch, attempts, error, picked,
-              created, processed}; spans are [producer, from, to) and go on in ``window_spans`` if there are many
+``window``    {_id: stream/group/number, stream, group, number, spans, n, start, end, status, epoch, attempts, error,
+              picked, created, processed}; spans are [producer, from, to), and go on in ``window_spans`` if there are
+              many
 
 The functions take the database and know nothing of any connection. Those that change what a consumer group owns
 take its `epoch`, and change nothing once another consumer has taken over.
