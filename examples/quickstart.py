@@ -9,7 +9,7 @@ import time
 import minibatch as mb
 
 # A stream is opened by its name; with no URL, on a MongoDB that starts by itself.
-stream = mb.stream('quickstart')
+stream = mb.stream('example-quickstart')
 stream.clear()
 
 
@@ -25,7 +25,7 @@ class Printer:
         print('window {window}: mean of {celsius} is {mean:.2f}, says process {process}'.format(**result))
 
 
-consumer = mb.make_emitter('quickstart', average, size=2, workers=2, sink=Printer())
+consumer = mb.make_emitter('example-quickstart', average, size=2, workers=2, sink=Printer())
 consumer.start()
 
 # When append returns, the message is safe in MongoDB. Usually another program does this.

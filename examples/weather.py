@@ -26,9 +26,9 @@ days = [
     for row in rows[: len(rows) // 7 * 7]  # whole weeks
 ]
 
-weeks = mb.connectdb()['weather_weeks']
+weeks = mb.connectdb()['example_weather_weeks']
 weeks.delete_many({})
-stream = mb.stream('weather')
+stream = mb.stream('example-weather')
 stream.clear()
 
 
@@ -42,7 +42,7 @@ def week(window):
     }
 
 
-consumer = mb.make_emitter('weather', week, size=7, workers=2, sink=MongoSink(weeks))
+consumer = mb.make_emitter('example-weather', week, size=7, workers=2, sink=MongoSink(weeks))
 consumer.start()
 for day in days:
     stream.append(day)

@@ -274,9 +274,7 @@ class Planner:
         return [] if plan is None else [plan]
 
     def _unbatch(self) -> int:
-        db, count = self.target.majority, 0
-        while self._adoption.run():
-            pass
+        db, count = self.target.majority, self._adoption.run()
         for producer, end in store.log_ends(db, self.name).items():
             count += store.unbatch(db, Span(producer, self._unbatched.get(producer, 0), end), self.name)
             self._unbatched[producer] = end

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from multiprocessing.util import Finalize
@@ -48,7 +48,9 @@ _registry_lock = threading.Lock()
 class Entry:
     """Messages of one call, on their way."""
 
-    def __init__(self, datas: list[bytes], times: list[datetime], meta: list[Any], stays: bool) -> None:
+    def __init__(
+        self, datas: list[bytes], times: list[datetime], meta: list[RawBSONDocument | None], stays: bool
+    ) -> None:
         self.datas, self.times, self.meta = datas, times, meta
         self.stays = stays  # whether it stays queued after a failure: its caller has already returned
         self.written = 0
@@ -69,6 +71,7 @@ class Producer:
         self._condition = threading.Condition()
         self._queue: deque[Entry] = deque()
         self._in_flight: list[tuple[Entry, RawBSONDocument, int]] = []
+        self._unclear = False  # whether an attempt at what is in flight may have been applied without our knowing
         self._writing = False
         self._partial: Entry | None = None
         self._partial_due = 0.0
@@ -76,11 +79,11 @@ class Producer:
 
     def append(self, data: Any, meta: Any = None) -> None:
         """Append one message and return when it is acknowledged."""
-        self._deliver(Entry([encode(data)], [clock.now()], [meta], stays=False))
+        self._deliver(Entry([encode(data)], [clock.now()], [encode_meta(meta)], stays=False))
 
     def append_later(self, data: Any, meta: Any, batchsize: int, linger: float) -> None:
         """Append one message to the record batch being filled; write that when full, or after `linger` seconds."""
-        raw, created = encode(data), clock.now()
+        raw, frozen, created = encode(data), encode_meta(meta), clock.now()
         with self._condition:
             partial = self._partial
             if partial is None:
@@ -89,7 +92,7 @@ class Producer:
                 self._watch_linger()
             partial.datas.append(raw)
             partial.times.append(created)
-            partial.meta.append(meta)
+            partial.meta.append(frozen)
             full = len(partial.datas) >= batchsize
         if full:
             self.flush()
@@ -150,17 +153,20 @@ class Producer:
         """Insert what is in flight, or else the next of the queue; tell each entry what became of it."""
         if not self._in_flight:
             with self._condition:
-                self._in_flight = list(self._cut_records())
+                self._in_flight = self._cut_records()
         try:
             written, refusal = self._insert_until(deadline)
         except PyMongoError as exc:
-            if _is_unclear(exc):
-                self._give_up(entry, exc)
+            # After an unclear attempt, also what is refused now may be stored.
+            if _is_unclear(exc) or self._unclear:
+                self._give_up(entry, _reason(exc))
             else:
                 self._refuse(_reason(exc), all_in_flight=True)
             return
         self._settle(written)
-        if refusal:
+        if refusal and self._unclear:
+            self._give_up(entry, refusal)
+        elif refusal:
             self._refuse(refusal, all_in_flight=False)
 
     def _insert_until(self, deadline: float) -> tuple[int, str]:
@@ -172,25 +178,31 @@ class Producer:
             try:
                 return store.insert_records(buffer, records)
             except PyMongoError as exc:
+                self._unclear = self._unclear or _is_unclear(exc)
                 if not _is_unclear(exc) or time.monotonic() > deadline:
                     raise
                 logger.warning('append to %r not confirmed, trying again: %s', self.stream, _reason(exc))
                 time.sleep(RETRY_PAUSE)
 
-    def _cut_records(self) -> Iterator[tuple[Entry, RawBSONDocument, int]]:
+    def _cut_records(self) -> list[tuple[Entry, RawBSONDocument, int]]:
         """Take entries off the queue, as many as one insert should carry, and give them their offsets."""
-        size = 0
-        offset = self._offset
-        while self._queue and size < INSERT_BYTES:
-            entry = self._queue.popleft()
-            for start, end, length in _cuts(entry.datas, entry.written):
+        records: list[tuple[Entry, RawBSONDocument, int]] = []
+        size, offset, taken = 0, self._offset, 0
+        for entry in self._queue:
+            if size >= INSERT_BYTES:
+                break
+            for start, end, length in _cuts(entry.datas, entry.meta, entry.written):
                 part = slice(start, end)
                 record = store.record_batch(
                     self.stream, self.id, offset, entry.datas[part], entry.times[part], entry.meta[part]
                 )
-                yield entry, record, end - start
+                records.append((entry, record, end - start))
                 offset += end - start
                 size += length
+            taken += 1
+        for _ in range(taken):
+            self._queue.popleft()
+        return records
 
     def _settle(self, count: int) -> None:
         """The first `count` record batches in flight are in MongoDB."""
@@ -199,6 +211,7 @@ class Producer:
                 self._offset += n
                 entry.written += n
             self._in_flight = self._in_flight[count:]
+            self._unclear = self._unclear and bool(self._in_flight)
 
     def _refuse(self, reason: str, all_in_flight: bool) -> None:
         """What is left in flight is certainly not in MongoDB, and the server will not have the first of it."""
@@ -213,9 +226,9 @@ class Producer:
             self._queue = deque(entry for entry in waiting if entry.stays or entry not in refused)
             self._in_flight = []
 
-    def _give_up(self, entry: Entry, exc: Exception) -> None:
+    def _give_up(self, entry: Entry, why: str) -> None:
         """The server does not say what became of what is in flight: that stays there, to be sent again."""
-        reason = f'{masked(self.target.url)} did not confirm an append within {CONFIRM_TIMEOUT:g} s ({_reason(exc)})'
+        reason = f'{masked(self.target.url)} did not confirm an append within {CONFIRM_TIMEOUT:g} s ({why})'
         with self._condition:
             for waiting in self._entries_in_flight():
                 waiting.error = UnconfirmedError(
@@ -303,6 +316,21 @@ def encode(data: Any) -> bytes:
     return raw
 
 
+def encode_meta(meta: Any) -> RawBSONDocument | None:
+    """What is said about a message, as it is now.
+
+    Raises:
+        DataError: if it cannot be stored.
+    """
+    if meta is None:
+        return None
+    try:
+        return RawBSONDocument(bson.encode({'meta': meta}, codec_options=CODEC))
+    except Exception as exc:
+        path, reason = _culprit(meta, exc)
+        raise DataError(f'MongoDB cannot store meta{path}: {reason}') from None
+
+
 def _checked(items: Iterable[Any]) -> Iterator[list[bytes]]:
     """Encode all messages before any is written, as long as they fit into memory comfortably."""
     datas: list[bytes] = []
@@ -322,11 +350,14 @@ def _checked(items: Iterable[Any]) -> Iterator[list[bytes]]:
         yield datas
 
 
-def _cuts(datas: list[bytes], start: int) -> Iterator[tuple[int, int, int]]:
+def _cuts(
+    datas: Sequence[bytes], meta: Sequence[RawBSONDocument | None], start: int
+) -> Iterator[tuple[int, int, int]]:
     """Cut messages from `start` on into record batches: (start, end, bytes)."""
     end, size = start, 0
     for i in range(start, len(datas)):
-        length = len(datas[i]) + 16
+        about = meta[i]
+        length = len(datas[i]) + 16 + (0 if about is None else len(about.raw))
         if end > start and (size + length > RECORD_BYTES or end - start >= RECORD_MESSAGES):
             yield start, end, size
             start, size = i, 0
@@ -377,7 +408,8 @@ def _find_key(value: Any, wanted: str, path: str = '') -> str:
 def _is_unclear(exc: PyMongoError) -> bool:
     if isinstance(exc, BulkWriteError):
         return not exc.details.get('writeErrors') and bool(exc.details.get('writeConcernErrors'))
-    return isinstance(exc, (AutoReconnect, WriteConcernError)) or exc.timeout
+    passing = exc.timeout or exc.has_error_label('RetryableWriteError')
+    return passing or isinstance(exc, (AutoReconnect, WriteConcernError))
 
 
 def _reason(exc: Exception) -> str:

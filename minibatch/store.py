@@ -109,9 +109,14 @@ def count_messages(db: DB, name: str) -> int:
 
 
 def record_batch(
-    stream: str, producer: str, offset: int, datas: Sequence[bytes], times: Sequence[datetime], meta: Sequence[Any]
+    stream: str,
+    producer: str,
+    offset: int,
+    datas: Sequence[bytes],
+    times: Sequence[datetime],
+    meta: Sequence[RawBSONDocument | None],
 ) -> RawBSONDocument:
-    """Put encoded messages into one document, without decoding them again."""
+    """Put encoded messages into one document, without decoding them again; `meta` are documents {meta: value}."""
     fields: Doc = {
         '_id': ObjectId(),
         'stream': stream,
@@ -124,7 +129,7 @@ def record_batch(
     if times[-1] != times[0]:
         fields['times'] = list(times)
     if any(value is not None for value in meta):
-        fields['meta'] = list(meta)
+        fields['meta'] = [value and value['meta'] for value in meta]
     if len(datas) == 1:
         payload = b'\x03data\x00' + datas[0]
     else:

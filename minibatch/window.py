@@ -224,11 +224,13 @@ class WindowEmitter:
         return None
 
     def pick(self) -> WindowPlan | None:
-        """Ask the subclass for its next window."""
+        """Ask the subclass for its next window; None if it has none, or has picked what is not one message."""
         ready, query_args = self.window_ready()
         if not ready:
             return None
         picked = list(self.query(*query_args))
+        if any(obj.offset is None or (obj.n or 1) > 1 for obj in picked):
+            return None  # appended since the log was made to lie one by one; next time
         return WindowPlan(spans_of(picked), picked=picked, query_args=query_args, argument=self.prepare(picked))
 
     def prepare(self, picked: list[Any]) -> Any:

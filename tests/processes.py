@@ -45,17 +45,19 @@ def running(*args: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
 
 
 def consumer(
-    url: str, stream: str, *, work: float = 0.0, say: bool = False, interrupt: Any = None, stdout: Any = None, **options: Any
+    url: str, stream: str, *, work: float = 0.0, say: bool = False, picks: bool = False, interrupt: Any = None,
+    stdout: Any = None, **options: Any,
 ) -> Any:
     """scripts/consume.py with options of streaming.
 
     Args:
         work: seconds which the function takes.
         say: whether the function prints the id of its window when it begins.
+        picks: whether the emitter is one which picks the messages with an even `seq`.
         interrupt: [signal, 'before' or 'after', a function of the store, which call].
     """
-    config = {'url': url, 'stream': stream, 'work': work, 'say': say, 'interrupt': interrupt, 'options': options}
-    return running(str(SCRIPTS / 'consume.py'), json.dumps(config), stdout=stdout)
+    config = {'url': url, 'stream': stream, 'work': work, 'say': say, 'picks': picks, 'interrupt': interrupt}
+    return running(str(SCRIPTS / 'consume.py'), json.dumps({**config, 'options': options}), stdout=stdout)
 
 
 def producer(url: str, stream: str, source: int, count: int) -> Any:

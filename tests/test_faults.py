@@ -92,12 +92,31 @@ def test_a_consumer_killed_at_any_write_of_its_loop_loses_nothing(url, db, strea
     history.prove()
 
 
-@pytest.mark.parametrize('when', ['before', 'after'])
-@pytest.mark.parametrize('name', ['claim_windows', 'commit_windows', 'write_positions', 'write_progress', 'delete_records'])
+def test_a_consumer_which_picks_messages_loses_nothing_when_it_is_killed_at_a_write(url, db, stream):
+    end = 0
+    options = {'picks': True, 'interval': 10, 'workers': 1}
+    for name in ('unbatch', 'claim_windows', 'commit_windows', 'touch_stream', 'write_progress', 'delete_windows'):
+        for when in ('before', 'after'):
+            appended(stream, 0, end, end + 40)
+            end += 40
+            with consumer(url, 'faults', interrupt=('SIGKILL', when, name, 1), **options) as process:
+                assert process.wait(20) == -signal.SIGKILL, f'not killed {when} {name}'
+    with consumer(url, 'faults', **options) as process:
+        eventually(lambda: seen_count(db) == end // 2, message=f'{end // 2} messages not all seen')
+        eventually(lambda: db.buffer.count_documents({}) == end // 2)
+        terminate(process)
+    seen = [seq for times in windows_seen(db).values() for _, seq in times[0]['seen']]
+    assert seen == list(range(0, end, 2))
+
+
+@pytest.mark.parametrize(('when', 'name'), [
+    ('before', 'claim_windows'), ('after', 'claim_windows'), ('before', 'commit_windows'), ('after', 'commit_windows'),
+    ('before', 'write_positions'), ('before', 'write_progress'), ('before', 'delete_records'),
+])
 def test_a_planner_stopped_at_a_write_changes_nothing_when_it_wakes(url, db, stream, when, name):
     history = History(db)
     appended(stream, 0, 0, 300)
-    options = {'size': 10, 'workers': 1, 'lease': 1.0}
+    options = {'size': 10, 'workers': 1, 'lease': 0.6}
     with consumer(url, 'faults', interrupt=('SIGSTOP', when, name, 1), **options) as zombie:
         eventually(lambda: is_stopped(zombie))
         with consumer(url, 'faults', work=0.005, **options) as successor:

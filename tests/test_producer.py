@@ -8,7 +8,7 @@ import bson
 import pytest
 
 from minibatch.errors import DataError
-from minibatch.producer import RECORD_BYTES, RECORD_MESSAGES, _cuts, encode
+from minibatch.producer import RECORD_BYTES, RECORD_MESSAGES, _cuts, encode, encode_meta
 
 
 @pytest.mark.parametrize(
@@ -66,16 +66,30 @@ def test_data_nested_deeper_than_the_server_takes_is_refused():
         encode(data)
 
 
+def cuts(datas, meta=None):
+    return _cuts(datas, meta or [None] * len(datas), 0)
+
+
 def test_record_batches_are_bounded_in_number_and_bytes():
-    many = list(_cuts([b'x' * 10] * (2 * RECORD_MESSAGES + 1), 0))
+    many = list(cuts([b'x' * 10] * (2 * RECORD_MESSAGES + 1)))
     assert [end - start for start, end, _ in many] == [RECORD_MESSAGES, RECORD_MESSAGES, 1]
-    big = list(_cuts([b'x' * (RECORD_BYTES // 2 + 1)] * 3, 0))
+    big = list(cuts([b'x' * (RECORD_BYTES // 2 + 1)] * 3))
     assert [end - start for start, end, _ in big] == [1, 1, 1]
 
 
 def test_one_message_larger_than_a_record_batch_goes_alone():
-    assert [(start, end) for start, end, _ in _cuts([b'a', b'x' * (2 * RECORD_BYTES), b'b'], 0)] == [
+    assert [(start, end) for start, end, _ in cuts([b'a', b'x' * (2 * RECORD_BYTES), b'b'])] == [
         (0, 1),
         (1, 2),
         (2, 3),
     ]
+
+
+def test_what_is_said_about_messages_counts_as_their_bytes():
+    about = encode_meta({'header': 'x' * (RECORD_BYTES // 2)})
+    assert [end - start for start, end, _ in cuts([b'x'] * 3, [about] * 3)] == [1, 1, 1]
+
+
+def test_meta_that_cannot_be_stored_is_refused_at_the_call():
+    with pytest.raises(DataError, match=r"meta\['header'\]"):
+        encode_meta({'header': object()})

@@ -9,7 +9,7 @@ from minibatch import clock, store
 from minibatch.connection import Target
 from minibatch.errors import LeaseLostError
 from minibatch.lease import is_dead, owner
-from minibatch.producer import encode
+from minibatch.producer import encode, encode_meta
 from minibatch.store import Span
 
 
@@ -246,7 +246,7 @@ def test_a_list_of_spans_that_is_too_long_for_a_document_goes_on_in_others(log, 
 
 def test_the_shape_of_a_record_batch_is_what_the_document_says(log):
     now = clock.now()
-    record = store.record_batch('s', 'a', 3, [encode({'v': 1})], [now], [{'k': 1}])
+    record = store.record_batch('s', 'a', 3, [encode({'v': 1})], [now], [encode_meta({'k': 1})])
     store.insert_records(log.buffer, [record])
     doc = log.buffer.find_one({}, {'_id': 0})
     naive = now.replace(tzinfo=None)

@@ -1,8 +1,8 @@
 """A consumer as a process of its own, which writes what its windows saw to the collection `seen`.
 
 It takes one argument, JSON: url, stream, options of streaming, `work` (seconds which the function takes), `say`
-(whether it prints the id of its window), and `interrupt`, [signal, before or after, a function of the store, which
-call]: there it sends itself that signal.
+(whether it prints the id of its window), `picks` (whether an emitter of its own picks the messages), and `interrupt`,
+[signal, before or after, a function of the store, which call]: there it sends itself that signal.
 """
 import itertools
 import json
@@ -32,6 +32,16 @@ def process(window):
     return {'window': window.id, 'number': window.number, 'attempt': window.attempt, 'seen': seen}
 
 
+class EvenInOrder(mb.window.WindowEmitter):
+    def window_ready(self):
+        found = mb.Buffer.objects.no_cache().filter(processed=False)
+        even = [obj for obj in sorted(found, key=lambda obj: obj.data['seq']) if obj.data['seq'] % 2 == 0]
+        return len(even) >= self.interval, (even[:self.interval],)
+
+    def query(self, picked):
+        return picked
+
+
 def interrupt(number, when, name, call):
     original, calls = getattr(store, name), itertools.count(1)
 
@@ -49,4 +59,6 @@ def interrupt(number, when, name, call):
 
 if config['interrupt']:
     interrupt(signal.Signals[config['interrupt'][0]], *config['interrupt'][1:])
+if config['picks']:
+    config['options']['emitter'] = EvenInOrder
 mb.streaming(config['stream'], process, sink=Seen(), **config['options'])

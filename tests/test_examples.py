@@ -1,0 +1,50 @@
+"""The examples, each run as a user runs it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / 'examples'
+
+
+@pytest.fixture
+def run(url, tmp_path):
+    """Run an example, in another folder, to its end; what it printed."""
+
+    def run(name):
+        environment = {**os.environ, 'MINIBATCH_MONGO_URL': url}
+        program = [sys.executable, str(EXAMPLES / name)]
+        done = subprocess.run(program, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, '')
+        return done.stdout
+
+    return run
+
+
+def test_quickstart_processes_every_pair_once(run):
+    out = run('quickstart.py')
+    assert sorted(re.findall(r'mean of \[(.*?)\]', out)) == sorted(
+        ['20.5, 20.7', '21.0, 21.4', '21.6, 21.5', '21.1, 20.8', '20.6, 20.2']
+    )
+    assert out.splitlines()[-1] == '10 messages appended, all processed'
+
+
+def test_the_weather_adds_up_to_what_plain_python_says(run, db):
+    out = run('weather.py')
+    assert out.splitlines()[-1] == '1456 days in 208 weeks; rain 4415.9 mm, by plain Python 4415.9 mm'
+    assert re.search(r'^2014 +52 +1228\.7 +2014/03/02 \(128\.3\) +35\.6 +-6\.0$', out, re.MULTILINE)
+    assert db.example_weather_weeks.find_one({'_id': '2014/03/02'})['rain'] == pytest.approx(128.3)
+
+
+def test_an_example_can_be_run_again(run):
+    assert run('weather.py').splitlines()[-1] == run('weather.py').splitlines()[-1]
+
+
+@pytest.mark.parametrize('path', sorted(EXAMPLES.glob('*.py')), ids=lambda path: path.name)
+def test_every_example_is_in_the_list_and_short(path):
+    assert f'`{path.name} <{path.name}>`_' in (EXAMPLES / 'README.rst').read_text(encoding='utf-8')
+    assert len(path.read_text(encoding='utf-8').splitlines()) < 80
