@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
@@ -68,34 +68,36 @@ class Planner:
         self._rested = 0.0
         self._listening = False
         self._unbatched: dict[str, int] = {}
+        self._ended_well = False
 
     def __enter__(self) -> Planner:
-        # An emitter that picks messages asks the models for them.
-        self._using = using(self.target) if self.emitter.picks else nullcontext()
-        self._using.__enter__()
-        try:
+        with ExitStack() as stack:
+            stack.callback(lambda: self.lease.release(clean=self._ended_well and not self._in_flight))
+            if self.emitter.picks:  # it asks the models for its messages
+                stack.enter_context(using(self.target))
+            stack.callback(self.follower.close)
+            stack.callback(self._drain)
+            stack.callback(listener(self.target).remove, self)
             self._recover()
             if self.emitter.source is not None:
                 self.stream.attach(self.emitter.source)
-        except BaseException:
-            self._using.__exit__(None, None, None)
-            self.lease.release(clean=False)
-            raise
+                stack.callback(self.stream.stop)
+            self._on_exit = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        listener(self.target).remove(self)
-        if self.emitter.source is not None:
-            self.stream.stop()
+        self._ended_well = kind is None
+        if kind is not None and not issubclass(kind, Exception):
+            self._in_flight.clear()  # told to end at once
+        self._on_exit.close()
+
+    def _drain(self) -> None:
+        """Wait for tasks in flight, whose windows the next planner does again."""
         deadline = time.monotonic() + STOP_TIMEOUT
-        at_once = kind is not None and not issubclass(kind, Exception)
-        while self._in_flight and time.monotonic() < deadline and not at_once:
+        while self._in_flight and time.monotonic() < deadline:
             self.consumer.wait(TICK)
             for task, _ in self.consumer.finished_tasks():
                 self._in_flight.pop(id(task), None)
-        self.follower.close()
-        self.lease.release(clean=kind is None and not self._in_flight)
-        self._using.__exit__(None, None, None)
 
     # --- the loop
 
@@ -112,8 +114,8 @@ class Planner:
 
     def run_once(self) -> int:
         """Process what is due now, each window once; returns how many were committed."""
-        self._look()
         now = self.lease.now()
+        self._look()
         tried: set[int] = set()
         while True:
             self._plan(now)
@@ -128,10 +130,11 @@ class Planner:
     def _turn(self) -> bool:
         """One round of the loop; returns whether there was anything to do."""
         collected = self._collect()
-        busy = bool(self._in_flight)
-        if time.monotonic() >= self._look_at or (not busy and self._due()):
-            self._look()
-        planned = self._plan(self.lease.now())
+        now = self.lease.now()
+        due = self.emitter.next_due()
+        if time.monotonic() >= self._look_at or (due is not None and now >= due):
+            self._look()  # after `now`: what was stored before a window closes must be seen
+        planned = self._plan(now)
         dispatched = self._dispatch()
         self._follow()
         if self._listening and time.monotonic() - self._rested > LISTEN_BUSY:
@@ -160,10 +163,6 @@ class Planner:
     def _appended(self) -> None:
         self._look_at, self._look_pause = 0.0, LOOK_PAUSES[0]
         self.consumer.wake()
-
-    def _due(self) -> bool:
-        due = self.emitter.next_due()
-        return due is not None and self.lease.now() >= due
 
     # --- recover
 
