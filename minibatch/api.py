@@ -65,7 +65,6 @@ class Streaming:
 def streaming(
     name: str,
     fn: Callable[..., Any] | None = None,
-    *,
     interval: float | None = None,
     size: int | None = None,
     emitter: type[WindowEmitter] | None = None,
@@ -171,12 +170,17 @@ def _make(
         raise ArgumentError(f'fn must be callable, not {fn!r}')
     if workers is not None and max_workers is not None:
         raise ArgumentError('workers and max_workers are the same; give one of them')
+    stream = options.get('stream')
+    if stream is not None and (not isinstance(stream, Stream) or stream.name != name or url is not None):
+        raise ArgumentError(f'stream must be the open Stream named {name!r}, without url=')
+    if not isinstance(keep, bool):
+        raise ArgumentError(f'keep must be True or False, not {keep!r}')
     _check_contract('sink', sink, Sink, 'a method put(messages)')
     _check_contract('source', options['source'], Source, 'the methods stream and cancel')
     if options['queue'] is not None and not hasattr(options['queue'], 'get'):
         raise ArgumentError(f'queue must have a method get; {type(options["queue"]).__name__} has not')
-    if size is None and interval is None and emitter is None and options.get('stream') is not None:
-        interval = options['stream'].interval
+    if size is None and interval is None and emitter is None and stream is not None:
+        interval = stream.interval
     options.update({key: value for key, value in {'size': size, 'interval': interval}.items() if value is not None})
     made = _emitter_class(emitter, size, interval, relaxed)(
         name,
@@ -202,12 +206,16 @@ def _emitter_class(
     emitter: type[WindowEmitter] | None, size: int | None, interval: float | None, relaxed: bool
 ) -> type[WindowEmitter]:
     if emitter is not None:
-        if not (inspect.isclass(emitter) and issubclass(emitter, WindowEmitter)):
+        if not (inspect.isclass(emitter) and issubclass(emitter, WindowEmitter)) or emitter is WindowEmitter:
             raise ArgumentError(f'emitter must be a subclass of WindowEmitter, not {emitter!r}')
+        if not relaxed:
+            raise ArgumentError('relaxed goes with interval, not with emitter; emitter=FixedTimeWindow is the same')
         return emitter
     if size is not None and interval is not None:
         raise ArgumentError('size and interval exclude each other: size=N counts messages, interval=T counts seconds')
     if size is not None:
+        if not relaxed:
+            raise ArgumentError('relaxed goes with interval, not with size')
         return CountWindow
     if interval is None:
         raise ArgumentError('size=, interval= or emitter= must say what a window is')

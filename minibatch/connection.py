@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import mongoengine
 import pymongo
@@ -109,12 +109,32 @@ def target(url: str | None = None, dbname: str | None = None, **options: Any) ->
     `url`, else what `connectdb` connected to, else MINIBATCH_MONGO_URL, else MONGO_URL, else the embedded MongoDB,
     which is started if need be. The name of the database is `dbname`, else the URL's, else ``minibatch``.
     """
-    if url is None and dbname is None and not options and _default is not None:
-        return _default
+    if url is None and _default is not None:
+        merged = {**dict(_default.options), **options}
+        return Target(_default.url, dbname or _default.dbname, _hashable(merged))
     url = url or next((os.environ[name] for name in URL_VARIABLES if os.environ.get(name)), None) or embedded.url()
     if not isinstance(url, str) or not re.match(r'(mongodb(\+srv)?|mongomock)://', url):
-        raise ArgumentError(f'url must start with mongodb:// or mongodb+srv://, not {masked(str(url)[:80])!r}')
-    return Target(url, dbname or urlsplit(url).path.lstrip('/') or DEFAULT_DBNAME, tuple(sorted(options.items())))
+        raise ArgumentError(f'url must start with mongodb:// or mongodb+srv://, not {masked(str(url))[:80]!r}')
+    try:
+        if '@' in urlsplit(url).path:
+            raise ValueError('user and password must be percent-encoded')
+        dbname = dbname or unquote(urlsplit(url).path.lstrip('/')) or DEFAULT_DBNAME
+    except ValueError as exc:
+        raise ArgumentError(f'the URL {masked(url)} is not right: {exc}') from None
+    if not isinstance(dbname, str) or any(char in '/\\. "$\0' for char in dbname):
+        raise ArgumentError(f'dbname must have none of the characters / \\ . " $ and blank: {dbname!r}')
+    return Target(url, dbname, _hashable(options))
+
+
+def _hashable(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    for name, value in options.items():
+        try:
+            hash(value)
+        except TypeError:
+            raise ArgumentError(
+                f'the option {name} of the client must be a plain value, not {type(value).__name__}; use the URL for it'
+            ) from None
+    return tuple(sorted(options.items()))
 
 
 def chosen() -> Target | None:
@@ -207,8 +227,9 @@ def authenticated_url(url: str, authSource: str = 'admin') -> str:
 
 
 def masked(url: str) -> str:
-    """The URL without its password, for logs and errors."""
-    return re.sub(r'(//[^:@/]*):[^@]*@', r'\1:***@', url)
+    """The URL without its password and other secrets, for logs and errors; also one that is not well formed."""
+    url = re.sub(r'^([^:]*://)?([^@]*?):(.*)@', r'\1\2:***@', url)
+    return re.sub(r'(?i)(password|token)([=:])[^&,]*', r'\1\2***', url)
 
 
 def _connect(url: str, options: dict[str, Any]) -> MongoClient[dict[str, Any]]:
@@ -240,10 +261,11 @@ def _mock_client() -> Any:
 
 
 def _without_secrets(exc: Exception, url: str) -> str:
-    message = str(exc).partition(', Timeout:')[0]
-    userinfo = urlsplit(url).netloc.rpartition('@')[0]
-    password = userinfo.partition(':')[2]
-    return message.replace(password, '***') if password else message
+    message = str(exc).partition(', Timeout:')[0].partition(' (configured timeouts')[0]
+    password = url.partition('://')[2].rpartition('@')[0].partition(':')[2]
+    for secret in (password, unquote(password)):
+        message = message.replace(secret, '***') if secret else message
+    return message
 
 
 def _forget_inherited_clients() -> None:

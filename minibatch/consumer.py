@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from pymongo.errors import AutoReconnect, PyMongoError
+from pymongo.errors import AutoReconnect, BulkWriteError, CursorNotFound, PyMongoError
 
 from . import lease, store
 from .abc import Executor
-from .errors import ArgumentError, GroupConflictError, LeaseLostError
+from .errors import GroupConflictError, LeaseLostError
 from .lease import Lease
 from .marshaller import Portable, name_of
 from .planner import TICK, Planner
@@ -62,7 +62,7 @@ class Consumer:
     def check_portable(self) -> None:
         """Raise `PortabilityError` if the function cannot be sent to a worker process."""
         if self._fn is not None:
-            _ = self._fn.blob
+            self._fn.check()
 
     def run(self) -> None:
         """Process windows until told to stop."""
@@ -146,13 +146,13 @@ class Consumer:
                 yield
         elif isinstance(given, type):
             takes_workers = 'max_workers' in inspect.signature(given).parameters
-            self.executor = _checked(given(max_workers=workers) if takes_workers else given())
+            self.executor = given(max_workers=workers) if takes_workers else given()
             try:
                 yield
             finally:
                 getattr(self.executor, 'shutdown', lambda: None)()
         else:
-            self.executor = _checked(given)
+            self.executor = given
             yield
 
     @contextmanager
@@ -183,12 +183,8 @@ class Consumer:
                 signal.signal(number, handler)
 
 
-def _checked(executor: Any) -> Executor:
-    if not isinstance(executor, Executor):
-        raise ArgumentError(f'executor must have a method submit(fn); {type(executor).__name__} has not')
-    return executor
-
-
 def _is_passing(exc: PyMongoError) -> bool:
     """Whether it is a matter of time, such as a lost connection or a fail-over."""
-    return isinstance(exc, AutoReconnect) or exc.timeout or exc.has_error_label('RetryableWriteError')
+    unconfirmed = isinstance(exc, BulkWriteError) and not exc.details.get('writeErrors')
+    passing = exc.timeout or exc.has_error_label('RetryableWriteError')
+    return unconfirmed or passing or isinstance(exc, (AutoReconnect, CursorNotFound))

@@ -12,10 +12,9 @@
     │   │   ├── NoMongodError
     │   │   └── DataFolderInUseError
     │   └── UnconfirmedError
-    ├── LeaseError
-    │   ├── LeaseLostError
-    │   └── GroupConflictError
-    └── MissingExtraError        (ImportError)
+    └── LeaseError
+        ├── LeaseLostError
+        └── GroupConflictError
 
 The docstring of a class is its message when none is given.
 """
@@ -74,7 +73,3 @@ class LeaseLostError(LeaseError):
 
 class GroupConflictError(LeaseError):
     """A different function is consuming the stream under the same consumer group."""
-
-
-class MissingExtraError(MinibatchError, ImportError):
-    """A package is missing; install the extra that brings it."""

@@ -37,11 +37,15 @@ class Portable:
             PortabilityError: naming what it refers to that cannot be pickled.
         """
         if self._blob is None:
-            try:
-                self._blob = cloudpickle.dumps(self.fn)
-            except Exception as exc:
-                raise PortabilityError(_explain(self.fn, exc)) from exc
+            self._blob = self.check()
         return self._blob
+
+    def check(self) -> bytes:
+        """Pickle the function as it is now; what it refers to may still change before it is sent."""
+        try:
+            return bytes(cloudpickle.dumps(self.fn))
+        except Exception as exc:
+            raise PortabilityError(_explain(self.fn, exc)) from exc
 
     @property
     def digest(self) -> str:

@@ -33,6 +33,8 @@ from .store import Span
 logger = logging.getLogger(__name__)
 
 MAX_NAME = 200
+MAX_COUNT = 10**9
+MAX_SECONDS = 1e9
 
 
 class WindowStatus(str, Enum):
@@ -215,7 +217,7 @@ class Window(_Model):
     group = StringField()
     number = IntField()
     spans = _RawField()
-    parts = IntField()
+    parts = _RawField()
     n = IntField()
     start = DateTimeField()
     end = DateTimeField()
@@ -313,14 +315,19 @@ class Stream(_Model):
         stream._target = where
         stream._get_collection = lambda: where.db.stream  # type: ignore[method-assign]
         stream._batchsize = options.get('batchsize') or stream.batchsize or 1
+        stream._linger = 1.0 if stream.linger is None else stream.linger
         if stream.max_age:
             _clear_in_background(where, name, stream.max_age)
         return stream
 
+    _known_producer: tuple[int, Producer] | None = None
     _source: Source | None = None
     _source_thread: threading.Thread | None = None
+    _source_ended = False
+    _cancelled = False
     _target: Target | None = None
     _batchsize: int = 1
+    _linger: float = 1.0
 
     @property
     def target(self) -> Target:
@@ -329,7 +336,10 @@ class Stream(_Model):
 
     @property
     def _producer(self) -> Producer:
-        return producer_of(self.target, self.name)
+        if self._known_producer is None or self._known_producer[0] != os.getpid():
+            # Also in a forked child, which has producers of its own.
+            self._known_producer = os.getpid(), producer_of(self.target, self.name)
+        return self._known_producer[1]
 
     @property
     def source(self) -> Source | None:
@@ -349,7 +359,7 @@ class Stream(_Model):
             UnconfirmedError: MongoDB did not confirm in time; see `flush`.
         """
         if self._batchsize > 1:
-            self._producer.append_later(data, meta, self._batchsize, 1.0 if self.linger is None else self.linger)
+            self._producer.append_later(data, meta, self._batchsize, self._linger)
         else:
             self._producer.append(data, meta)
 
@@ -385,7 +395,7 @@ class Stream(_Model):
             raise ArgumentError(f'source must have the methods stream and cancel; {type(source).__name__} has not')
         if self._source_thread is not None and self._source_thread.is_alive():
             raise ArgumentError(f'stream {self.name!r} has a source already; stop() it first')
-        self._source = source
+        self._source, self._source_ended, self._cancelled = source, False, False
         if not background:
             source.stream(self)
             self.flush()
@@ -398,11 +408,19 @@ class Stream(_Model):
         try:
             source.stream(self)
             self.flush()
+            self._source_ended = not self._cancelled
         except Exception:
             logger.exception('the source of stream %r failed', self.name)
+            self._source_ended = True
+
+    def wants_source(self, source: Source) -> bool:
+        """Whether `source` does not run here, but should: it has not come to its end by itself."""
+        running = self._source_thread is not None and self._source_thread.is_alive()
+        return not running and not (self._source is source and self._source_ended)
 
     def stop(self, timeout: float = 10.0) -> None:
         """Cancel the source, if there is one, and wait up to `timeout` seconds for it to end."""
+        self._cancelled = True
         if self._source is not None:
             self._source.cancel()
         if self._source_thread is not None and self._source_thread is not threading.current_thread():
@@ -467,18 +485,21 @@ def check_name(what: str, name: Any, forbidden: str = '\0') -> None:
     """Raise `ArgumentError` unless `name` can name a stream or group."""
     if not isinstance(name, str) or not name.strip():
         raise ArgumentError(f'{what} must be a string that is not empty, not {name!r}')
-    if len(name) > MAX_NAME or any(char in name for char in forbidden):
+    unfit = any(char in forbidden or 0xD800 <= ord(char) <= 0xDFFF for char in name)
+    if len(name) > MAX_NAME or unfit:
         raise ArgumentError(f'{what} must have at most {MAX_NAME} characters, and none of {forbidden!r}: {name[:60]!r}')
 
 
 def check_options(options: dict[str, Any]) -> None:
     """Raise `ArgumentError`, naming the option, unless counts are whole numbers from 1 and durations positive."""
     for name, value in options.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ArgumentError(f'{name} must be a number, not {value!r}')
         if name in ('size', 'batchsize', 'workers'):
-            if not is_number or int(value) != value or value < 1:
-                raise ArgumentError(f'{name} must be a whole number from 1 on, not {value!r}')
-            if name == 'batchsize' and value > store.MAX_BATCH:
-                raise ArgumentError(f'{name} must be at most {store.MAX_BATCH:,}, not {value!r}')
-        elif not is_number or not (value > 0 or (name == 'linger' and value == 0)) or value == float('inf'):
-            raise ArgumentError(f'{name} must be a positive number of seconds, not {value!r}')
+            most = store.MAX_BATCH if name == 'batchsize' else MAX_COUNT
+            if not float(value).is_integer() or not 1 <= value <= most:
+                raise ArgumentError(f'{name} must be a whole number from 1 to {most:,}, not {value!r}')
+        else:
+            least = {'linger': 0.0, 'lease': 0.5}.get(name, 0.001)
+            if not least <= value <= MAX_SECONDS:
+                raise ArgumentError(f'{name} must be from {least:g} to {MAX_SECONDS:g} seconds, not {value!r}')

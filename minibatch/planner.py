@@ -68,7 +68,7 @@ class Planner:
         self._rested = 0.0
         self._listening = False
         self._unbatched: dict[str, int] = {}
-        self._ended_well = False
+        self._ended_well = self._drains = False
 
     def __enter__(self) -> Planner:
         with ExitStack() as stack:
@@ -80,21 +80,20 @@ class Planner:
             stack.callback(listener(self.target).remove, self)
             self._recover()
             if self.emitter.source is not None:
-                self.stream.attach(self.emitter.source)
                 stack.callback(self.stream.stop)
+                self._tend_source()
             self._on_exit = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self._ended_well = kind is None
-        if kind is not None and not issubclass(kind, Exception):
-            self._in_flight.clear()  # told to end at once
+        self._drains = kind is not None and issubclass(kind, Exception)
         self._on_exit.close()
 
     def _drain(self) -> None:
-        """Wait for tasks in flight, whose windows the next planner does again."""
+        """After an error, let tasks in flight come to their end: this process may soon do their windows again."""
         deadline = time.monotonic() + STOP_TIMEOUT
-        while self._in_flight and time.monotonic() < deadline:
+        while self._drains and self._in_flight and time.monotonic() < deadline:
             self.consumer.wait(TICK)
             for task, _ in self.consumer.finished_tasks():
                 self._in_flight.pop(id(task), None)
@@ -110,6 +109,9 @@ class Planner:
         while self._in_flight and time.monotonic() < deadline:
             self.consumer.wait(TICK)
             self._collect()
+        if self._in_flight:
+            logger.warning('%s: %d tasks not finished in %g s; their windows stay open', self.consumer,
+                           len(self._in_flight), STOP_TIMEOUT)  # fmt: skip
         self._follow(wait=True)
 
     def run_once(self) -> int:
@@ -130,6 +132,7 @@ class Planner:
     def _turn(self) -> bool:
         """One round of the loop; returns whether there was anything to do."""
         collected = self._collect()
+        self._tend_source()
         now = self.lease.now()
         due = self.emitter.next_due()
         if time.monotonic() >= self._look_at or (due is not None and now >= due):
@@ -159,6 +162,12 @@ class Planner:
             until.append((due - self.lease.now()).total_seconds())
         until += [claim.not_before - time.monotonic() for claim in self.progress.open.values() if claim.not_before]
         self.consumer.wait(max(min(until), 0.001))
+
+    def _tend_source(self) -> None:
+        """Start the source; a slow one that was told to end may still be running, so this is asked again."""
+        source = self.emitter.source
+        if source is not None and self.stream.wants_source(source):
+            self.stream.attach(source)
 
     def _appended(self) -> None:
         self._look_at, self._look_pause = 0.0, LOOK_PAUSES[0]
@@ -194,7 +203,7 @@ class Planner:
         if self.progress.frontier is not None:
             ends.append(self.progress.frontier)
         self.log = LogView(self, max(ends, default=None))
-        self.follower.resume(positions)
+        self.follower.resume(positions, store.read_cleaned(db, self.name, self.group))
 
     def _claim_of(self, window: dict[str, Any], start: Any, end: Any) -> Claim:
         claim = Claim(
@@ -349,13 +358,13 @@ class Planner:
         task = Task(self.target, self.name, self.consumer._fn, works, returns)
         if self.emitter.overrides('emit'):
             task.fn = Portable(self.emitter.emit)
-        self._in_flight[id(task)] = task
-        self._dispatched.update(claim.number for claim in claims)
         if self.emitter.overrides('emit'):
             self.consumer.wake((task, _Done(task())))
-            return
-        completion = self.consumer.executor.submit(task)
-        completion.add_done_callback(lambda done: self.consumer.wake((task, done)))
+        else:
+            completion = self.consumer.executor.submit(task)
+            completion.add_done_callback(lambda done: self.consumer.wake((task, done)))
+        self._in_flight[id(task)] = task
+        self._dispatched.update(claim.number for claim in claims)
 
     # --- sink and commit
 
@@ -369,7 +378,7 @@ class Planner:
             for outcome in self._outcomes(task, completion):
                 self._dispatched.discard(outcome.number)
                 claim = self.progress.open[outcome.number]
-                if not outcome.error and self._forward(claim, outcome):
+                if not outcome.error and (outcome.skipped or self._forward(claim, outcome)):
                     committed.append(claim)
                     if outcome.missing:
                         self._expired(outcome.missing)

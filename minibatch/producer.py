@@ -138,6 +138,7 @@ class Producer:
                 while self._writing and not entry.settled:
                     self._condition.wait()
                 if entry.settled:
+                    error = entry.error  # under the lock: flush() resets it to try again
                     break
                 self._writing = True
             try:
@@ -146,8 +147,8 @@ class Producer:
                 with self._condition:
                     self._writing = False
                     self._condition.notify_all()
-        if entry.error is not None:
-            raise entry.error
+        if error is not None:
+            raise error
 
     def _write(self, entry: Entry, deadline: float) -> None:
         """Insert what is in flight, or else the next of the queue; tell each entry what became of it."""
@@ -164,9 +165,7 @@ class Producer:
                 self._refuse(_reason(exc), all_in_flight=True)
             return
         self._settle(written)
-        if refusal and self._unclear:
-            self._give_up(entry, refusal)
-        elif refusal:
+        if refusal:
             self._refuse(refusal, all_in_flight=False)
 
     def _insert_until(self, deadline: float) -> tuple[int, str]:
@@ -176,7 +175,13 @@ class Producer:
             records = [bson.decode(record.raw) for record in records]
         while True:
             try:
-                return store.insert_records(buffer, records)
+                written, refusal = store.insert_records(buffer, records)
+                if not (refusal and self._unclear):
+                    return written, refusal
+                # An earlier attempt may have stored what is refused now.
+                if store.is_stored(buffer, records[written]):
+                    return written + 1, ''
+                return written, refusal
             except PyMongoError as exc:
                 self._unclear = self._unclear or _is_unclear(exc)
                 if not _is_unclear(exc) or time.monotonic() > deadline:
@@ -225,6 +230,8 @@ class Producer:
                 entry.error = ServerError(f'MongoDB refused the append: {reason}{stored}')
             self._queue = deque(entry for entry in waiting if entry.stays or entry not in refused)
             self._in_flight = []
+            if self._unclear:
+                self._unclear, self._offset, self.id = False, 0, new_id()  # a late copy shall not be in the way
 
     def _give_up(self, entry: Entry, why: str) -> None:
         """The server does not say what became of what is in flight: that stays there, to be sent again."""
@@ -369,9 +376,11 @@ def _cuts(
 def _culprit(value: Any, exc: Exception, path: str = '') -> tuple[str, str]:
     children: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
-        bad = next((key for key in value if not isinstance(key, str)), None)
-        if bad is not None:
-            return path, f'its key {bad!r} is not a string'
+        for key in value:
+            if not isinstance(key, str):
+                return path, f'its key {key!r} is not a string'
+            if '\0' in key:
+                return path, f'its key {key!r} contains a NUL'
         children = value.items()
     elif isinstance(value, (list, tuple)):
         children = enumerate(value)

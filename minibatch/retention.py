@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +14,6 @@ from pymongo.errors import PyMongoError
 
 from . import clock, store
 from .connection import Target
-from .errors import LeaseLostError
 from .store import Span
 
 logger = logging.getLogger(__name__)
@@ -39,15 +39,16 @@ class Follower:
         self._counts: Counter[str] = Counter()
         self._positions: dict[str, int] = {}
         self._cleaned: dict[str, int] = {}
+        self._newly_cleaned: dict[str, int] = {}
         self._busy = self._closed = False
         self._error: Exception | None = None
         self._last = self._read_marked = 0.0
         self._pruned = -PRUNE_PAUSE
         self._thread: threading.Thread | None = None
 
-    def resume(self, positions: dict[str, int]) -> None:
-        """These positions were written before; what is behind them may not be deleted yet."""
-        self._positions = positions.copy()
+    def resume(self, positions: dict[str, int], cleaned: dict[str, int]) -> None:
+        """These positions were written before, and what is behind them was cleaned up so far."""
+        self._positions, self._cleaned = positions.copy(), cleaned.copy()
 
     def count(self, **counts: int) -> None:
         """Add to the counters of the group."""
@@ -65,8 +66,9 @@ class Follower:
             LeaseLostError: if another consumer has taken over.
         """
         with self._changed:
-            if isinstance(self._error, LeaseLostError):
+            if self._error is not None and not isinstance(self._error, PyMongoError):
                 raise self._error
+            self._error = None
             self._last = time.monotonic()
             self._moved.update(moved)
             self._number, self._frontier = number, frontier
@@ -97,7 +99,7 @@ class Follower:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending or self._closed)
                 if self._closed:
-                    return
+                    break
                 moved, self._moved = self._moved, {}
                 number, frontier = self._number, self._frontier
                 counts, self._counts = self._counts, Counter()
@@ -107,7 +109,7 @@ class Follower:
                 self._write(moved, number, frontier, counts)
                 self._written_number, moved, counts = number, {}, Counter()
                 self._retain(number)
-            except (LeaseLostError, PyMongoError) as exc:
+            except Exception as exc:  # whatever it is, `follow` must not wait for ever
                 error = exc
                 logger.debug('could not follow', exc_info=True)
             with self._changed:
@@ -116,10 +118,12 @@ class Follower:
                     self._moved = {**moved, **self._moved}
                     self._counts.update(counts)
                 self._changed.notify_all()
-                if isinstance(error, LeaseLostError):
+                if error is not None and not isinstance(error, PyMongoError):
                     return
                 if error is not None:
                     self._changed.wait_for(lambda: self._closed, timeout=1.0)
+        with suppress(PyMongoError):  # else the next one looks again
+            self._note_cleaned()
 
     def _write(self, moved: dict[str, int], number: int, frontier: datetime | None, counts: Counter[str]) -> None:
         db = self._target.majority
@@ -142,9 +146,15 @@ class Follower:
             cleaned = self._cleaned.get(producer, 0)
             if upto > cleaned:
                 self._cleaned[producer] = clean(db, self._stream, Span(producer, cleaned, upto))
+                self._newly_cleaned[producer] = self._cleaned[producer]
         if time.monotonic() - self._read_marked > READ_MARK_PAUSE:
             store.touch_stream(db, self._stream, clock.now())
+            self._note_cleaned()
             self._read_marked = time.monotonic()
+
+    def _note_cleaned(self) -> None:
+        store.write_cleaned(self._target.majority, self._stream, self._group, self._newly_cleaned)
+        self._newly_cleaned = {}
 
     def _forget_idle_producers(self) -> None:
         if time.monotonic() - self._pruned < PRUNE_PAUSE:
@@ -153,4 +163,5 @@ class Follower:
         alive = store.log_ends(self._target.majority, self._stream)
         store.prune_positions(self._target.majority, self._stream, self._group, alive, clock.now())
         self._positions = {producer: at for producer, at in self._positions.items() if producer in alive}
-        self._cleaned = {producer: at for producer, at in self._cleaned.items() if producer in alive}
+        # What a repeated insert has brought back behind us is found from the start again.
+        self._cleaned = {p: at for p, at in self._cleaned.items() if p in alive and (self._keep or at < alive[p])}

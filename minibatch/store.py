@@ -12,8 +12,8 @@ Collections (see docs/architecture.rst for why):
               A producer's offsets are 0, 1, 2 ... without gaps; a record batch takes n of them from ``offset`` on.
 ``group``     {_id: stream/group, stream, group, lease: {owner, epoch, expires}, fingerprint, keep, picks, number,
               frontier, windows, messages, expired_unprocessed}; every window up to ``number`` is finished
-``position``  {_id: stream/group/producer, stream, group, producer, offset, epoch, updated}; every message of the
-              producer below ``offset`` is finished
+``position``  {_id: stream/group/producer, stream, group, producer, offset, epoch, updated, cleaned}; every message
+              of the producer below ``offset`` is finished
 ``window``    {_id: stream/group/number, stream, group, number, spans, n, start, end, status, epoch, attempts, error,
               picked, created, processed}; spans are [producer, from, to), and go on in ``window_spans`` if there are
               many
@@ -93,7 +93,8 @@ def open_stream(db: DB, name: str, options: Doc, now: datetime) -> Doc:
 def clear_stream(db: DB, name: str) -> int:
     """Delete the messages and windows of a stream; positions and numbers go on. Returns the messages deleted."""
     deleted = count_messages(db, name)
-    db.buffer.delete_many({'stream': name})
+    for part in _indexed(name):
+        db.buffer.delete_many(part)
     db.window.delete_many({'stream': name})
     db.window_spans.delete_many({'stream': name})
     return deleted
@@ -101,8 +102,13 @@ def clear_stream(db: DB, name: str) -> int:
 
 def count_messages(db: DB, name: str) -> int:
     """How many messages of a stream are stored."""
-    total: list[Doc] = [{'$match': {'stream': name}}, {'$group': {'_id': None, 'n': {'$sum': {'$ifNull': ['$n', 1]}}}}]
-    return sum(int(doc['n']) for doc in db.buffer.aggregate(total))
+    total: Doc = {'$group': {'_id': None, 'n': {'$sum': {'$ifNull': ['$n', 1]}}}}
+    return sum(int(doc['n']) for part in _indexed(name) for doc in db.buffer.aggregate([{'$match': part}, total]))
+
+
+def _indexed(name: str) -> list[Doc]:
+    """All messages of a stream, in two queries that each have an index."""
+    return [{'stream': name, 'offset': {'$gte': 0}}, {'stream': name, 'offset': None}]
 
 
 # --- the log, written
@@ -156,13 +162,14 @@ def insert_records(buffer: Collection[Any], records: list[Any]) -> tuple[int, st
                 raise
             error = exc.details['writeErrors'][0]
             done += error['index']
-            if error['code'] != DUPLICATE_KEY or not _is_stored(buffer, records[done]):
+            if error['code'] != DUPLICATE_KEY or not is_stored(buffer, records[done]):
                 return done, error['errmsg']
             done += 1
     return done, ''
 
 
-def _is_stored(buffer: Collection[Any], record: Any) -> bool:
+def is_stored(buffer: Collection[Any], record: Any) -> bool:
+    """Whether a record batch of ours is in the log, for certain."""
     query = {'_id': record['_id']}
     if buffer.find_one(query, {'_id': 1}) is not None:
         return True
@@ -207,7 +214,7 @@ def unbatch(db: DB, span: Span, stream: str) -> int:
         base = {key: doc[key] for key in ('stream', 'producer', 'processed')}
         singles = []
         for i, data in enumerate(doc['batch']):
-            single = {**base, 'offset': Int64(doc['offset'] + i), 'n': 1, 'created': _times(doc)[i], 'data': data}
+            single = {**base, 'offset': Int64(doc['offset'] + i), 'n': 1, 'created': times_of(doc)[i], 'data': data}
             singles.append({**single, 'meta': [doc['meta'][i]]} if 'meta' in doc else single)
         rest = _log_range(stream, Span(doc['producer'], singles[0]['offset'] + 1, singles[-1]['offset'] + 1))
         present = {other['offset'] for other in db.buffer.find(rest, {'offset': 1})}
@@ -263,10 +270,10 @@ def read_times(db: DB, stream: str, span: Span, limit: int = 5000) -> Iterator[t
     fields = {'_id': 0, 'offset': 1, 'n': 1, 'created': 1, 'times': 1}
     around = _record_around(db, stream, span.producer, span.start, fields)
     if around is not None and around['offset'] + around['n'] > span.start and around['n'] > 1:
-        yield int(around['offset']), int(around['n']), _times(around)
+        yield int(around['offset']), int(around['n']), times_of(around)
     found = db.buffer.find(_log_range(stream, span), fields, batch_size=5000).sort('offset', 1).limit(limit)
     for doc in found:
-        yield int(doc['offset']), int(doc['n']), _times(doc)
+        yield int(doc['offset']), int(doc['n']), times_of(doc)
 
 
 def read_documents(db: DB, stream: str, spans: Iterable[Span]) -> list[Doc]:
@@ -276,11 +283,7 @@ def read_documents(db: DB, stream: str, spans: Iterable[Span]) -> list[Doc]:
 
 def times_of(record: Doc) -> list[datetime]:
     """The creation time of each message of a record batch."""
-    return _times(record)
-
-
-def _times(doc: Doc) -> list[datetime]:
-    return doc.get('times') or [doc['created']] * int(doc.get('n', 1))
+    return record.get('times') or [record['created']] * int(record.get('n', 1))
 
 
 def _log_range(stream: str, span: Span) -> Doc:
@@ -426,10 +429,9 @@ def claim_windows(db: DB, docs: list[Doc], epoch: int) -> None:
             db.window.insert_many(docs)
             return
         except BulkWriteError as exc:
-            error = exc.details['writeErrors'][0]
-            if error['code'] != DUPLICATE_KEY:
+            if not exc.details['writeErrors'] or exc.details['writeErrors'][0]['code'] != DUPLICATE_KEY:
                 raise
-            at = error['index']
+            at = exc.details['writeErrors'][0]['index']
             ours = db.window.find_one({'_id': docs[at]['_id'], 'epoch': epoch, 'status': 'open'}, {'_id': 1})
             if ours is None:
                 raise LeaseLostError from None
@@ -475,7 +477,7 @@ def all_spans(db: DB, doc: Doc) -> list[Span]:
     """The spans of a window, also those that did not fit into its document."""
     spans = [Span(*span) for span in doc.get('spans') or ()]
     if doc.get('parts'):
-        for part in db.window_spans.find({'_id': {'$in': _part_ids(doc)}}).sort('_id', 1):
+        for part in db.window_spans.find({'_id': {'$in': doc['parts']}}).sort('_id', 1):
             spans += [Span(*span) for span in part['spans']]
     return spans
 
@@ -485,16 +487,13 @@ def _split_spans(doc: Doc) -> list[Doc]:
     if len(spans) <= MAX_SPANS:
         return []
     doc['spans'] = spans[:MAX_SPANS]
-    doc['parts'] = -(-len(spans) // MAX_SPANS) - 1
+    # With the epoch in their names, a consumer that lost its lease cannot overwrite those of the next one.
+    doc['parts'] = [f'{doc["_id"]}+{doc["epoch"]}+{i:06d}' for i in range(-(-len(spans) // MAX_SPANS) - 1)]
     same = {key: doc[key] for key in ('stream', 'group', 'number')}
     return [
         {'_id': id_, **same, 'spans': spans[(i + 1) * MAX_SPANS : (i + 2) * MAX_SPANS]}
-        for i, id_ in enumerate(_part_ids(doc))
+        for i, id_ in enumerate(doc['parts'])
     ]
-
-
-def _part_ids(doc: Doc) -> list[str]:
-    return [f'{doc["_id"]}+{part:06d}' for part in range(doc['parts'])]
 
 
 def _windows(stream: str, group: str, first: int, end: int | None = None) -> Doc:
@@ -540,6 +539,22 @@ def write_positions(db: DB, stream: str, group: str, epoch: int, moved: dict[str
         if any(error['code'] == DUPLICATE_KEY for error in exc.details['writeErrors']):
             raise LeaseLostError from None
         raise
+
+
+def read_cleaned(db: DB, stream: str, group: str) -> dict[str, int]:
+    """Up to which offset of each producer this group has deleted or marked what is finished."""
+    found = db.position.find({**_prefix(f'{stream}/{group}/'), 'stream': stream, 'group': group})
+    return {doc['producer']: int(doc.get('cleaned', 0)) for doc in found}
+
+
+def write_cleaned(db: DB, stream: str, group: str, cleaned: dict[str, int]) -> None:
+    """Note how far was cleaned up, so that the next consumer need not look at what is kept again."""
+    updates = [
+        UpdateOne({'_id': f'{stream}/{group}/{producer}'}, {'$set': {'cleaned': Int64(at)}})
+        for producer, at in cleaned.items()
+    ]
+    if updates:
+        db.position.bulk_write(updates, ordered=False)
 
 
 def prune_positions(db: DB, stream: str, group: str, alive: Iterable[str], now: datetime) -> None:

@@ -22,7 +22,6 @@ MAX_WAIT = 1.0
 REOPEN_PAUSE = 1.0
 
 _listeners: dict[tuple[int, Target], Listener] = {}
-_lock = threading.Lock()
 
 
 class Listener:
@@ -78,7 +77,7 @@ class Listener:
             while self._calls:
                 event = events.try_next()
                 if event is not None:
-                    appended_to = event['fullDocument']['stream']
+                    appended_to = event['fullDocument'].get('stream')
                     for stream, call in list(self._calls.values()):
                         if stream == appended_to:
                             call()
@@ -91,5 +90,4 @@ class Listener:
 
 def listener(target: Target) -> Listener:
     """The listener of this process for a database."""
-    with _lock:
-        return _listeners.setdefault((os.getpid(), target), Listener(target))
+    return _listeners.setdefault((os.getpid(), target), Listener(target))

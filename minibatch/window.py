@@ -22,6 +22,8 @@ from .errors import ArgumentError
 from .models import Buffer, Stream, Window, check_name, check_options
 from .store import Span
 
+MAX_RUNS = 100_000
+
 
 class Log(Protocol):
     """What an emitter knows of a stream."""
@@ -68,7 +70,7 @@ class WindowEmitter:
     - ``forward(data)`` gives the result to the sink
     - ``commit(objs, window)`` acknowledges the messages: by default deletes them, or marks them as processed
     - ``timestamp(query_args)`` notes on the stream that it was read
-    - ``undo(objs, window)`` is called instead of the last three when one of them or the function fails
+    - ``undo(objs, window)`` is called instead of the last two when the function or the sink fails
     - ``sleep()`` waits when no window is ready
 
     A message counts as processed when its `Buffer` is deleted or has ``processed=True``; there can be no second
@@ -124,6 +126,10 @@ class WindowEmitter:
         for name, fn in {'emitfn': emitfn, 'processfn': processfn, 'forwardfn': forwardfn}.items():
             if fn is not None and not callable(fn):
                 raise ArgumentError(f'{name} must be callable, not {fn!r}')
+        if executor is not None and not callable(getattr(executor, 'submit', None)):
+            raise ArgumentError(f'executor must have a method submit(fn); {executor!r} has not')
+        if cnx_kwargs is not None and not isinstance(cnx_kwargs, dict):
+            raise ArgumentError(f'cnx_kwargs must be a dict of options of the client, not {cnx_kwargs!r}')
         self.stream_name, self.group, self.lease = stream_name, group, lease
         self.size, self.interval = size, interval if interval is not None else size
         self.processfn, self.emitfn, self.forwardfn = processfn, emitfn, forwardfn
@@ -325,6 +331,11 @@ class RelaxedTimeWindow(WindowEmitter):
 
     wakes_on_append = False
 
+    def __init__(self, stream_name: str, interval: float | None = None, **options: Any) -> None:
+        if options.get('size') is not None:
+            raise ArgumentError(f'{type(self).__name__} has no size; interval=T says its seconds')
+        super().__init__(stream_name, interval=interval, **options)
+
     def plan(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
         step = self._step()
         waiting = log.waiting()
@@ -416,6 +427,8 @@ class _Seen:
                         self._runs[-1] = after, self._latest
                     else:
                         self._runs.append((after, self._latest))
+            if len(self._runs) > MAX_RUNS:
+                break
         return self._until > before
 
 

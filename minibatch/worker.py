@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from multiprocessing import resource_tracker
 from typing import Any
 
 import cloudpickle
@@ -28,6 +29,7 @@ from .store import Span
 
 REREAD_PAUSES = (0.05, 0.2, 0.5)
 PARENT_CHECK = 0.5
+CAN_BLOCK = hasattr(signal, 'pthread_sigmask')
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ class Work:
 
 @dataclass
 class Outcome:
-    """What became of one window: its result, or the error and who raised it, the function or the loading."""
+    """What became of one window: its result, or the error and who raised it, the function or the loading.
+
+    It was skipped if none of its messages is stored any more.
+    """
 
     number: int
     result: Any = None
@@ -56,6 +61,7 @@ class Outcome:
     error: str = ''
     traceback: str = ''
     by_function: bool = False
+    skipped: bool = False
     missing: int = 0
     seconds: float = 0.0
 
@@ -99,8 +105,10 @@ class Task:
             window = _window(self.target, self.stream, work, found)
         except Exception as exc:
             return _failure(work, exc, by_function=False)
+        if window.missing and not len(window):
+            return Outcome(work.number, skipped=True, missing=window.missing)
         try:
-            result = self._call(window if work.argument is None else work.argument, window)
+            result = self._call(window if work.argument is None else work.argument)
         except (Exception, SystemExit) as exc:
             return _failure(work, exc, by_function=True)
         seconds = time.perf_counter() - started
@@ -110,9 +118,8 @@ class Task:
     def _pickles(self) -> bool:
         return self.remote and self.returns
 
-    def _call(self, argument: Any, window: MessageWindow) -> Any:
-        skipped = window.missing and not len(window)
-        result = argument if skipped or self.fn is None else self.fn(argument)
+    def _call(self, argument: Any) -> Any:
+        result = argument if self.fn is None else self.fn(argument)
         if not self.returns:
             return None
         if result is None:
@@ -161,6 +168,8 @@ def _window(target: Target, stream: str, work: Work, found: dict[str, tuple[list
     ends = store.log_ends(db, stream)
     if any(ends.get(span.producer, span.end) < span.end for span in work.spans):
         raise MinibatchError(f'{window.missing} messages of window {work.id} are not in the log')
+    if len(_emptied) > 10_000:
+        _emptied.clear()
     _emptied.update({(target, stream, span.producer): span.end for span in work.spans if span.producer not in ends})
     return window
 
@@ -205,6 +214,7 @@ class Pool:
 
     def __init__(self, workers: int, fn: Portable | None) -> None:
         self._workers = workers
+        self._pending: set[Completion] = set()
         self._function = (fn.digest, fn.blob) if fn is not None else None
         if fn is not None:
             fn.sent_ahead = True
@@ -213,7 +223,14 @@ class Pool:
     def _start(self) -> None:
         args = (os.getpid(), self._function)
         self._executor = loky.ProcessPoolExecutor(self._workers, initializer=_set_up_worker, initargs=args)
-        self._executor.submit(_nothing)
+        # Workers are born with Ctrl-C blocked, until they ignore it; the tracker unblocks it, so it comes first.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if CAN_BLOCK else set()
+        try:
+            self._executor.submit(_nothing)
+        finally:
+            if CAN_BLOCK:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def submit(self, fn: Callable[[], Any]) -> Completion:
         """Run `fn` in a worker; a pool whose workers died is made anew first."""
@@ -223,14 +240,16 @@ class Pool:
             self._executor.shutdown(wait=True, kill_workers=True)
             self._start()
             completion = self._executor.submit(fn)
+        self._pending.add(completion)
+        completion.add_done_callback(self._pending.discard)
         return completion
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, kind: object, *exc: object) -> None:
-        """End the workers when they have done what they were given, or at once after an error."""
-        self._executor.shutdown(wait=True, kill_workers=kind is not None)
+        """End the workers, at once if they have not done what they were given by now."""
+        self._executor.shutdown(wait=True, kill_workers=kind is not None or bool(self._pending))
 
 
 def _nothing() -> None:
@@ -239,6 +258,8 @@ def _nothing() -> None:
 
 def _set_up_worker(parent: int, function: tuple[str, bytes] | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    if CAN_BLOCK:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with, args=(parent,), name='minibatch-parent', daemon=True).start()
     if function is not None:
         marshaller.install(*function)

@@ -147,7 +147,8 @@ def started(emitter: WindowEmitter) -> Iterator[WindowEmitter]:
         yield emitter
     finally:
         emitter.stop()
-    assert emitter._thread and not emitter._thread.is_alive(), 'does not stop'
+    assert emitter._thread
+    assert not emitter._thread.is_alive(), 'does not stop'
 
 
 def command(verb: str, collection: str) -> bytes:
@@ -159,10 +160,10 @@ def write_at(
     db: Database[dict[str, Any]], stream: str, times: list[datetime], source: Any = 0, first: int = 0
 ) -> None:
     """Write one message for each time, as a producer would whose clock showed it."""
-    records = [
-        store.record_batch(stream, f'producer{source}', seq, [bson.encode({'source': source, 'seq': seq})], [time], [None])
-        for seq, time in enumerate(times, first)
-    ]
+    records = []
+    for seq, time in enumerate(times, first):
+        data = bson.encode({'source': source, 'seq': seq})
+        records.append(store.record_batch(stream, f'producer{source}', seq, [data], [time], [None]))
     assert store.insert_records(db.buffer, records) == (len(records), '')
 
 
@@ -193,8 +194,8 @@ def appended(stream: Any, source: int, start: int, end: int) -> None:
 
 def seen_count(db: Database[dict[str, Any]]) -> int:
     """How many different messages were seen in windows."""
-    unique = [{'$group': {'_id': '$window', 'n': {'$first': {'$size': '$seen'}}}}, {'$group': {'_id': 0, 'n': {'$sum': '$n'}}}]
-    return sum(doc['n'] for doc in db.seen.aggregate(unique))
+    once = {'$group': {'_id': '$window', 'n': {'$first': {'$size': '$seen'}}}}
+    return sum(doc['n'] for doc in db.seen.aggregate([once]))
 
 
 def windows_seen(db: Database[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -40,8 +40,8 @@ import minibatch as mb
 from minibatch import store
 
 # Every write of the consumer's loop. The first death leaves a lease behind, as the fence needs one to be called.
-WRITES = ('claim_windows', 'take_lease', 'fence', 'adopt_windows', 'commit_windows', 'write_positions', 'write_progress',
-          'delete_windows', 'delete_records', 'renew_lease')
+WRITES = ('claim_windows', 'take_lease', 'fence', 'adopt_windows', 'commit_windows', 'write_positions',
+          'write_progress', 'delete_windows', 'delete_records', 'renew_lease')
 SEED = random.SystemRandom().randrange(10**6)
 
 

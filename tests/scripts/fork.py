@@ -54,4 +54,5 @@ for process in processes:
     process.join()
 for thread in threads:
     thread.join()
-assert not any(codes) and not any(process.exitcode for process in processes)
+assert not any(codes)
+assert not any(process.exitcode for process in processes)
