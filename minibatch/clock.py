@@ -12,13 +12,8 @@ MILLISECOND = timedelta(milliseconds=1)
 
 
 def now() -> datetime:
-    """The time of this machine, in milliseconds as MongoDB keeps it."""
-    return to_milliseconds(datetime.now(timezone.utc))
-
-
-def to_milliseconds(time: datetime) -> datetime:
-    """Cut `time` to the millisecond, so that it is the same before and after it was stored."""
-    return time.replace(microsecond=time.microsecond // 1000 * 1000)
+    """The time of this machine; MongoDB keeps its milliseconds."""
+    return datetime.now(timezone.utc)
 
 
 def aware(time: datetime) -> datetime:

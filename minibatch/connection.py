@@ -30,6 +30,7 @@ DEFAULT_DBNAME = 'minibatch'
 DEFAULT_ALIAS = 'minibatch'
 URL_VARIABLES = ('MINIBATCH_MONGO_URL', 'MONGO_URL')
 CONNECT_TIMEOUT = 10.0
+CLOSE_TIMEOUT = 1.0
 MAJORITY = WriteConcern('majority')
 
 _lock = threading.RLock()
@@ -208,7 +209,8 @@ def disconnect() -> None:
     with _lock:
         _default = _first = None
         for client in _clients.values():
-            client.close()
+            with pymongo.timeout(CLOSE_TIMEOUT):  # else it looks for a server that is gone, to end its sessions there
+                client.close()
         _clients.clear()
 
 

@@ -302,7 +302,7 @@ def encode(data: Any) -> bytes:
     Raises:
         DataError: naming the key, if it is not a mapping or cannot be stored.
     """
-    if not isinstance(data, Mapping):
+    if type(data) is not dict and not isinstance(data, Mapping):
         raise DataError(f'data must be a mapping such as a dict, not {type(data).__name__}')
     try:
         raw = bson.encode(data, codec_options=CODEC)
@@ -315,8 +315,8 @@ def encode(data: Any) -> bytes:
             f'the message has {len(raw):,} bytes, MongoDB stores at most {MAX_MESSAGE_BYTES:,}; '
             f'the largest value is data[{key!r}]'
         )
-    # Cheap first: every level of nesting is one of these bytes at least.
-    if raw.count(b'\x03') + raw.count(b'\x04') > MAX_DEPTH and _depth(data) > MAX_DEPTH:
+    # Cheap first: every level of nesting takes 7 bytes, one of which is 3 or 4.
+    if len(raw) > 7 * MAX_DEPTH and raw.count(b'\x03') + raw.count(b'\x04') > MAX_DEPTH and _depth(data) > MAX_DEPTH:
         raise DataError(f'data is nested more than {MAX_DEPTH} levels deep')
     if b'$ref\x00' in raw and (path := _find_key(data, '$ref')):
         raise DataError(f'data{path} has the key $ref, which MongoDB reads back as a reference; rename it')

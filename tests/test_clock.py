@@ -2,7 +2,7 @@
 
 from datetime import datetime, timedelta, timezone
 
-from minibatch.clock import EPOCH, ServerClock, aware, to_milliseconds, window_start
+from minibatch.clock import EPOCH, ServerClock, aware, window_start
 
 
 def at(seconds):
@@ -24,10 +24,6 @@ def test_intervals_may_be_fractions_of_a_second():
 
 def test_a_naive_time_is_read_as_utc():
     assert aware(datetime(2020, 1, 1)) == datetime(2020, 1, 1, tzinfo=timezone.utc)
-
-
-def test_a_time_is_cut_to_the_millisecond_and_not_rounded():
-    assert to_milliseconds(at(0.0019)) == at(0.001)
 
 
 def test_the_servers_time_goes_on_with_the_monotonic_clock():

@@ -249,7 +249,7 @@ def test_the_shape_of_a_record_batch_is_what_the_document_says(log):
     record = store.record_batch('s', 'a', 3, [encode({'v': 1})], [now], [encode_meta({'k': 1})])
     store.insert_records(log.buffer, [record])
     doc = log.buffer.find_one({}, {'_id': 0})
-    naive = now.replace(tzinfo=None)
+    naive = now.replace(tzinfo=None, microsecond=now.microsecond // 1000 * 1000)
     expected = {'stream': 's', 'producer': 'a', 'offset': 3, 'n': 1, 'created': naive, 'processed': False}
     assert doc == {**expected, 'meta': [{'k': 1}], 'data': {'v': 1}}
 
