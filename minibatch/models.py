@@ -500,6 +500,6 @@ def check_options(options: dict[str, Any]) -> None:
             if not float(value).is_integer() or not 1 <= value <= most:
                 raise ArgumentError(f'{name} must be a whole number from 1 to {most:,}, not {value!r}')
         else:
-            least = {'linger': 0.0, 'lease': 0.5}.get(name, 0.001)
+            least = {'linger': 0.0, 'lease': 0.1}.get(name, 0.001)
             if not least <= value <= MAX_SECONDS:
                 raise ArgumentError(f'{name} must be from {least:g} to {MAX_SECONDS:g} seconds, not {value!r}')

@@ -242,18 +242,27 @@ class History:
         self._events = db.watch(changes, max_await_time_ms=200)
 
     def prove(self) -> None:
-        """No window was committed twice, and no position went backwards."""
+        """No window was committed twice or claimed by a former leader, and nothing went backwards."""
         self._db.end.insert_one({})
         committed: set[str] = set()
-        positions: dict[str, int] = defaultdict(int)
+        latest: dict[tuple[str, str], int] = defaultdict(int)
+
+        def onward(what: str, value: int) -> None:
+            assert value >= latest[what, id_], f'{what} of {id_} went back from {latest[what, id_]} to {value}'
+            latest[what, id_] = value
+
         while (event := eventually(self._events.try_next))['ns']['coll'] != 'end':
             collection, id_ = event['ns']['coll'], event['documentKey']['_id']
             changed = event.get('fullDocument') or event['updateDescription']['updatedFields']
             if collection == 'window' and changed.get('status') == 'processed':
                 assert id_ not in committed, f'window {id_} was committed twice'
                 committed.add(id_)
+            if collection == 'window' and changed.get('status') == 'open':
+                id_ = changed['stream']
+                onward('the epoch of the claims', changed['epoch'])
             if collection == 'position' and 'offset' in changed:
-                assert changed['offset'] >= positions[id_], f'position {id_} went back from {positions[id_]}'
-                positions[id_] = changed['offset']
+                onward('the offset', changed['offset'])
+            if collection == 'group' and 'number' in changed:
+                onward('the number', changed['number'])
         self._events.close()
         assert committed, 'no window was committed'
