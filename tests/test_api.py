@@ -101,7 +101,13 @@ def test_the_decorator_can_make_the_emitter_without_running_it():
 
 @pytest.mark.parametrize(
     ('options', 'named'),
-    [({'batchsize': 0}, 'batchsize'), ({'batchsize': 10**6}, 'batchsize'), ({'max_age': -1}, 'max_age'), ({'x': 1}, 'x')],
+    [
+        ({'batchsize': 0}, 'batchsize'),
+        ({'batchsize': 10**6}, 'batchsize'),
+        ({'max_age': -1}, 'max_age'),
+        ({'max_age': 1e300}, 'max_age'),
+        ({'x': 1}, 'x'),
+    ],
 )
 def test_a_wrong_option_of_a_stream_is_named(options, named):
     with pytest.raises(ArgumentError, match=named):

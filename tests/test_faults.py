@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import pytest
 from processes import (
@@ -57,6 +58,13 @@ def stream(url: str) -> mb.Stream:
     return mb.stream('faults', url=url)
 
 
+def done(process: subprocess.Popen[str], db: Any, end: int) -> None:
+    """Wait until this consumer leads, and all messages were seen and deleted."""
+    eventually(lambda: owner_of(db, 'faults') == process.pid, message='does not lead')
+    eventually(lambda: seen_count(db) == end, message=f'{end} messages not all seen')
+    eventually(lambda: db.buffer.count_documents({}) == 0, message='messages were not deleted')
+
+
 def test_a_consumer_killed_at_random_moments_loses_nothing_and_repeats_only_open_windows(url, db, stream, rng):
     history, open_at_kill, end = History(db), set(), 0
     for _ in range(10):
@@ -68,7 +76,7 @@ def test_a_consumer_killed_at_random_moments_loses_nothing_and_repeats_only_open
             kill(process)
         open_at_kill |= {doc['_id'] for doc in db.window.find({'status': 'open'})}
     with consumer(url, 'faults', size=10, workers=2) as process:
-        eventually(lambda: seen_count(db) == end, message=f'{end} messages not all seen')
+        done(process, db, end)
         terminate(process)
     prove_windows(db, {0: end})
     repeated = {id_ for id_, times in windows_seen(db).items() if len(times) > 1}
@@ -86,7 +94,7 @@ def test_a_consumer_killed_at_any_write_of_its_loop_loses_nothing(url, db, strea
         with consumer(url, 'faults', interrupt=('SIGKILL', when, name, 1), size=10, workers=1, lease=0.4) as process:
             assert process.wait(20) == -signal.SIGKILL, f'not killed {when} {name}'
     with consumer(url, 'faults', size=10, workers=1) as process:
-        eventually(lambda: seen_count(db) == end, message=f'{end} messages not all seen')
+        done(process, db, end)
         terminate(process)
     prove_windows(db, {0: end})
     history.prove()
