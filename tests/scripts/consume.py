@@ -46,7 +46,7 @@ def interrupt(number, when, name, call):
     original, calls = getattr(store, name), itertools.count(1)
 
     def interrupted(*args, **kwargs):
-        mine = next(calls) == call
+        mine = args[-1] != {} and next(calls) == call  # what has nothing to write is no write
         if mine and when == 'before':
             os.kill(os.getpid(), number)
         result = original(*args, **kwargs)
