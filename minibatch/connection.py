@@ -20,7 +20,15 @@ import mongoengine
 import pymongo
 from pymongo import MongoClient, ReadPreference, WriteConcern
 from pymongo.database import Database
-from pymongo.errors import ConfigurationError, InvalidURI, PyMongoError
+from pymongo.errors import (
+    AutoReconnect,
+    BulkWriteError,
+    ConfigurationError,
+    InvalidURI,
+    OperationFailure,
+    PyMongoError,
+    WriteConcernError,
+)
 from pymongo.read_concern import ReadConcern
 
 from . import embedded
@@ -32,6 +40,9 @@ URL_VARIABLES = ('MINIBATCH_MONGO_URL', 'MONGO_URL')
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 1.0
 MAJORITY = WriteConcern('majority')
+# CursorNotFound, ShutdownInProgress, ReadConcernMajorityNotAvailableYet, ExceededTimeLimit, InterruptedAtShutdown,
+# InterruptedDueToReplStateChange: pymongo does not call all of them a lost connection.
+PASSING_CODES = {43, 91, 134, 262, 11600, 11602}
 
 _lock = threading.RLock()
 _clients: dict[tuple[Any, ...], MongoClient[dict[str, Any]]] = {}
@@ -39,6 +50,7 @@ _inherited: list[Any] = []
 _default: Target | None = None
 _first: Target | None = None
 _using: ContextVar[Target | None] = ContextVar('minibatch_using', default=None)
+_using_stream: ContextVar[str | None] = ContextVar('minibatch_using_stream', default=None)
 
 
 @dataclass(frozen=True, repr=False)
@@ -155,13 +167,19 @@ def current() -> Target:
 
 
 @contextmanager
-def using(where: Target) -> Iterator[None]:
-    """Let the models mean this database, in this thread."""
-    token = _using.set(where)
+def using(where: Target, stream: str) -> Iterator[None]:
+    """Let the models mean this database, and messages those of this stream, in this thread."""
+    tokens = _using.set(where), _using_stream.set(stream)
     try:
         yield
     finally:
-        _using.reset(token)
+        _using.reset(tokens[0])
+        _using_stream.reset(tokens[1])
+
+
+def current_stream() -> str | None:
+    """The stream of `using`, if there is one."""
+    return _using_stream.get()
 
 
 def connectdb(
@@ -232,6 +250,15 @@ def masked(url: str) -> str:
     """The URL without its password and other secrets, for logs and errors; also one that is not well formed."""
     url = re.sub(r'^([^:]*://)?([^@]*?):(.*)@', r'\1\2:***@', url)
     return re.sub(r'(?i)(password|token)([=:])[^&,]*', r'\1\2***', url)
+
+
+def is_passing(exc: PyMongoError) -> bool:
+    """Whether an error is a matter of time, such as a lost connection or a fail-over; what it did is then unclear."""
+    if isinstance(exc, BulkWriteError):
+        return not exc.details.get('writeErrors') and bool(exc.details.get('writeConcernErrors'))
+    code = exc.code if isinstance(exc, OperationFailure) else None
+    labelled = exc.timeout or exc.has_error_label('RetryableWriteError')
+    return labelled or isinstance(exc, (AutoReconnect, WriteConcernError)) or code in PASSING_CODES
 
 
 def _connect(url: str, options: dict[str, Any]) -> MongoClient[dict[str, Any]]:

@@ -13,10 +13,11 @@ from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from pymongo.errors import AutoReconnect, BulkWriteError, CursorNotFound, PyMongoError
+from pymongo.errors import PyMongoError
 
 from . import lease, store
 from .abc import Executor
+from .connection import is_passing
 from .errors import GroupConflictError, LeaseLostError
 from .lease import Lease
 from .marshaller import Portable, name_of
@@ -79,7 +80,7 @@ class Consumer:
                 except LeaseLostError:
                     logger.warning('%s: another consumer has taken over', self)
                 except PyMongoError as exc:
-                    if not _is_passing(exc):
+                    if not is_passing(exc):
                         raise
                     logger.warning('%s: trying again after: %s', self, exc)
                     self.wait(CONNECTION_PAUSE)
@@ -181,10 +182,3 @@ class Consumer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _is_passing(exc: PyMongoError) -> bool:
-    """Whether it is a matter of time, such as a lost connection or a fail-over."""
-    unconfirmed = isinstance(exc, BulkWriteError) and not exc.details.get('writeErrors')
-    passing = exc.timeout or exc.has_error_label('RetryableWriteError')
-    return unconfirmed or passing or isinstance(exc, (AutoReconnect, CursorNotFound))

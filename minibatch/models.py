@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from bson import ObjectId
-from mongoengine import Document, QuerySet
+from mongoengine import Document, QuerySet, queryset_manager
 from mongoengine.base import BaseField
 from mongoengine.fields import BooleanField, DateTimeField, FloatField, IntField, StringField
 from pymongo.collection import Collection
@@ -25,7 +25,7 @@ from pymongo.errors import PyMongoError
 
 from . import clock, store
 from .abc import Source
-from .connection import Target, current, target
+from .connection import Target, current, current_stream, target
 from .errors import ArgumentError
 from .producer import Producer, producer_of
 from .store import Span
@@ -203,6 +203,12 @@ class Buffer(_Model):
     times = _RawField()
     meta_ = _RawField(db_field='meta')
     token = _RawField()
+
+    @queryset_manager
+    def objects(doc_cls, queryset: QuerySet) -> QuerySet:
+        """All messages; to an emitter that picks messages, those of its stream: the others are not its to take."""
+        stream = current_stream()
+        return queryset if stream is None else queryset.filter(stream=stream)
 
 
 class Window(_Model):

@@ -74,7 +74,7 @@ class Planner:
         with ExitStack() as stack:
             stack.callback(lambda: self.lease.release(clean=self._ended_well and not self._in_flight))
             if self.emitter.picks:  # it asks the models for its messages
-                stack.enter_context(using(self.target))
+                stack.enter_context(using(self.target, self.name))
             stack.callback(self.follower.close)
             stack.callback(self._drain)
             stack.callback(listener(self.target).remove, self)

@@ -23,10 +23,10 @@ from typing import Any
 import bson
 from bson.binary import UuidRepresentation
 from bson.raw_bson import RawBSONDocument
-from pymongo.errors import AutoReconnect, BulkWriteError, PyMongoError, WriteConcernError
+from pymongo.errors import BulkWriteError, PyMongoError
 
 from . import clock, store
-from .connection import Target, masked
+from .connection import Target, is_passing, masked
 from .errors import DataError, ServerError, UnconfirmedError
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class Producer:
             written, refusal = self._insert_until(deadline)
         except PyMongoError as exc:
             # After an unclear attempt, also what is refused now may be stored.
-            if _is_unclear(exc) or self._unclear:
+            if is_passing(exc) or self._unclear:
                 self._give_up(entry, _reason(exc))
             else:
                 self._refuse(_reason(exc), all_in_flight=True)
@@ -183,8 +183,8 @@ class Producer:
                     return written + 1, ''
                 return written, refusal
             except PyMongoError as exc:
-                self._unclear = self._unclear or _is_unclear(exc)
-                if not _is_unclear(exc) or time.monotonic() > deadline:
+                self._unclear = self._unclear or is_passing(exc)
+                if not is_passing(exc) or time.monotonic() > deadline:
                     raise
                 logger.warning('append to %r not confirmed, trying again: %s', self.stream, _reason(exc))
                 time.sleep(RETRY_PAUSE)
@@ -412,13 +412,6 @@ def _find_key(value: Any, wanted: str, path: str = '') -> str:
     elif isinstance(value, (list, tuple)):
         children = enumerate(value)
     return next((found for key, child in children if (found := _find_key(child, wanted, f'{path}[{key!r}]'))), '')
-
-
-def _is_unclear(exc: PyMongoError) -> bool:
-    if isinstance(exc, BulkWriteError):
-        return not exc.details.get('writeErrors') and bool(exc.details.get('writeConcernErrors'))
-    passing = exc.timeout or exc.has_error_label('RetryableWriteError')
-    return passing or isinstance(exc, (AutoReconnect, WriteConcernError))
 
 
 def _reason(exc: Exception) -> str:

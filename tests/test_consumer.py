@@ -1,0 +1,85 @@
+"""Who may plan, start functions and call sinks."""
+
+import time
+from concurrent.futures import Future
+
+import pytest
+from pymongo.errors import AutoReconnect
+from servers import eventually
+
+import minibatch as mb
+from minibatch import store
+from minibatch.errors import LeaseLostError
+from minibatch.models import Buffer
+from minibatch.window import WindowEmitter
+
+LEASE = 0.5
+
+
+class SlowerThanTheLease:
+    """Runs a function at once, and takes longer to say so than the lease is valid."""
+
+    def submit(self, fn):
+        done, begun = Future(), time.monotonic()
+        done.set_result(fn())
+        eventually(lambda: time.monotonic() > begun + 2 * LEASE)
+        return done
+
+
+def test_a_consumer_whose_lease_ran_out_calls_no_sink_and_commits_nothing(url, db, monkeypatch):
+    def lost(*args):
+        raise AutoReconnect('lost')
+
+    monkeypatch.setattr(store, 'renew_lease', lost)
+    stream, results = mb.Stream.get_or_create('s', url=url), []
+    stream.append({'a': 1})
+    emitter = mb.make_emitter(
+        's', len, size=1, stream=stream, lease=LEASE, executor=SlowerThanTheLease, sink=Sink(results)
+    )
+    with pytest.raises(LeaseLostError):
+        emitter._run_once()
+    assert results == []
+    assert [doc['status'] for doc in db.window.find()] == ['open']
+    monkeypatch.undo()
+    assert mb.make_emitter('s', len, size=1, stream=stream, sink=Sink(results))._run_once() == 1
+    assert results == [1]
+
+
+class Sink:
+    def __init__(self, results):
+        self.put = results.append
+
+
+class All(WindowEmitter):
+    """Picks all messages there are, whoever they belong to."""
+
+    def window_ready(self):
+        self.found = list(Buffer.objects.no_cache().filter(processed=False))
+        return bool(self.found), ()
+
+    def query(self, *args):
+        return self.found
+
+
+def test_an_emitter_that_picks_messages_is_given_those_of_its_stream_only(url, db):
+    mine, other = mb.Stream.get_or_create('mine', url=url), mb.Stream.get_or_create('other', url=url)
+    mine.append_many([{'a': 1}, {'a': 2}])
+    other.append_many([{'b': 1}, {'b': 2}])
+    results = []
+    emitter = mb.make_emitter('mine', lambda window: window.data, emitter=All, stream=mine, sink=Sink(results))
+    assert emitter._run_once() == 1
+    assert results == [[{'a': 1}, {'a': 2}]]
+    assert [record.batch for record in other.buffer()] == [[{'b': 1}, {'b': 2}]]
+    assert mine.buffer().count() == 0
+
+
+def test_a_stop_does_not_wait_for_ever_for_a_function_that_hangs(url, db, monkeypatch):
+    monkeypatch.setattr('minibatch.planner.STOP_TIMEOUT', 0.5)
+    stream = mb.Stream.get_or_create('s', url=url)
+    stream.append({'a': 1})
+    emitter = mb.make_emitter('s', lambda window: time.sleep(3600), size=1, workers=1, stream=stream)
+    emitter.start()
+    eventually(lambda: db.window.find_one({'status': 'open'}), message='no window was claimed')
+    emitter.stop()
+    assert not emitter._thread.is_alive()
+    assert db.window.count_documents({'status': 'open'}) == 1
