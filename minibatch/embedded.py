@@ -84,7 +84,7 @@ def url() -> str:
     """The URL of the embedded server, which is started if it does not run. Takes a millisecond if it does.
 
     Returns:
-        `mongodb://<percent-encoded socket path>/minibatch?directConnection=true`
+        ``mongodb://<percent-encoded socket path>/minibatch?directConnection=true``
 
     Raises:
         NoMongodError: there is no mongod program

@@ -387,19 +387,10 @@ def fence(db: DB, stream: str, group: str, epoch: int, number: int, now: datetim
     A consumer that lost its lease without noticing inserts its windows at contiguous numbers, in order: it must
     meet the void window, and stops there.
     """
+    void = {'stream': stream, 'group': group, 'status': 'void', 'epoch': epoch, 'created': now, 'processed': True}
     while True:
-        void = {
-            '_id': window_id(stream, group, number),
-            'stream': stream,
-            'group': group,
-            'number': number,
-            'status': 'void',
-            'epoch': epoch,
-            'created': now,
-            'processed': True,
-        }
         try:
-            db.window.insert_one(void)
+            db.window.insert_one({'_id': window_id(stream, group, number), 'number': number, **void})
             return number + 1
         except DuplicateKeyError:
             number += 1
