@@ -235,12 +235,15 @@ class Planner:
         if len(self.progress.planned) > 2 * len(self._ends) + 100:
             self.progress.forget(self._ends)
             self._begun.intersection_update(self._ends)
-        news = self._ends != before
-        told = listener(self.target).is_open
-        self._look_pause = (
-            LOOK_PAUSES[0] if news else min(self._look_pause * 2, LOOK_PAUSES[1] if told else LOOK_PAUSE_UNTOLD)
-        )
-        self._look_at = time.monotonic() + (LOOK_PAUSE_BUSY if self._in_flight else self._look_pause)
+        self._look_at = time.monotonic() + self._pause_after_look(news=self._ends != before)
+
+    def _pause_after_look(self, news: bool) -> float:
+        """Short while messages come, growing while none do, up to what the change stream allows."""
+        if not self.emitter.wakes_on_append:
+            return LOOK_PAUSES[1]  # it looks when a window is due
+        longest = LOOK_PAUSES[1] if listener(self.target).is_open else LOOK_PAUSE_UNTOLD
+        self._look_pause = LOOK_PAUSES[0] if news else min(self._look_pause * 2, longest)
+        return LOOK_PAUSE_BUSY if self._in_flight else self._look_pause
 
     def _plan(self, now: datetime) -> bool:
         """Claim the windows that are due, as many as are needed to keep the executor busy."""
