@@ -34,7 +34,7 @@ stream.clear()
 
 def week(window):
     return {
-        '_id': window.data[0]['date'],
+        'week': window.data[0]['date'],
         'rain': math.fsum(day['rain'] for day in window.data),
         'high': max(day['high'] for day in window.data),
         'low': min(day['low'] for day in window.data),
@@ -52,11 +52,11 @@ consumer.stop()
 
 print('year   weeks   rain mm   wettest week       highest   lowest')
 for year in ('2012', '2013', '2014', '2015'):
-    found = list(weeks.find({'_id': {'$regex': f'^{year}'}}))
+    found = list(weeks.find({'week': {'$regex': f'^{year}'}}))
     wettest = max(found, key=lambda doc: doc['rain'])
     print(
         f'{year}   {len(found):5}   {math.fsum(doc["rain"] for doc in found):7.1f}'
-        f'   {wettest["_id"]} ({wettest["rain"]:5.1f})'
+        f'   {wettest["week"]} ({wettest["rain"]:5.1f})'
         f'   {max(doc["high"] for doc in found):5.1f}   {min(doc["low"] for doc in found):6.1f}'
     )
 

@@ -198,6 +198,8 @@ def _make(
 
 
 def _check_contract(name: str, value: Any, contract: type, methods: str) -> None:
+    if inspect.isclass(value):
+        raise ArgumentError(f'{name} must be an instance, not the class {value.__name__}')
     if value is not None and not isinstance(value, contract):
         raise ArgumentError(f'{name} must have {methods}; {type(value).__name__} has not')
 

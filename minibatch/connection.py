@@ -105,8 +105,9 @@ class Target:
         global _first
         try:
             if not self.is_mock:
-                with pymongo.timeout(CONNECT_TIMEOUT):
-                    self.client.admin.command('ping')
+                client = self.client
+                with pymongo.timeout(min(CONNECT_TIMEOUT, client.options.server_selection_timeout)):
+                    client.admin.command('ping')
         except PyMongoError as exc:
             raise UnreachableError(
                 f'MongoDB does not answer at {masked(self.url)}: {_without_secrets(exc, self.url)}. Check that it '

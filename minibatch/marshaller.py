@@ -86,6 +86,8 @@ def _explain(fn: Callable[..., Any], exc: Exception) -> str:
 
 
 def _references(fn: Callable[..., Any]) -> dict[str, Any]:
+    if inspect.ismethod(fn):
+        return {f'self.{name}': value for name, value in vars(fn.__self__).items()}
     try:
         closure = inspect.getclosurevars(fn)
     except (TypeError, ValueError):

@@ -437,6 +437,11 @@ class Stream(_Model):
         self.stop()
         self.flush()
 
+    def __repr__(self) -> str:
+        return f'<stream {self.name!r}>'
+
+    __str__ = __repr__
+
     def __enter__(self) -> Stream:
         return self
 
@@ -444,7 +449,10 @@ class Stream(_Model):
         self.close()
 
     def buffer(self, **filter: Any) -> QuerySet:
-        """The stored record batches of this stream, as a mongoengine query set."""
+        """The stored record batches of this stream, as a mongoengine query set, in no order.
+
+        One holds one message in `data`, or, after `append_many` and with a batchsize, `n` of them in `batch`.
+        """
         return Buffer.in_database(self.target).filter(stream=self.name, **filter)
 
     def window(self, **filter: Any) -> QuerySet:

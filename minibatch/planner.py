@@ -69,6 +69,7 @@ class Planner:
         self._listening = False
         self._unbatched: dict[str, int] = {}
         self._ended_well = self._drains = False
+        self._alone: Claim | None = None
 
     def __enter__(self) -> Planner:
         with ExitStack() as stack:
@@ -319,6 +320,12 @@ class Planner:
             for number, claim in sorted(self.progress.open.items())
             if number not in self._dispatched and claim.not_before <= now and (tried is None or number not in tried)
         ]
+        suspects = [claim for claim in ready if claim.suspect]
+        if suspects and not self._in_flight:
+            self._alone = suspects[0]
+            ready = suspects[:1]
+        elif suspects or self._alone is not None:
+            return False  # a suspect runs with nothing beside it, so that only the guilty one dies again
         started = False
         while ready and len(self._in_flight) < self.consumer.at_once:
             claims = self._next_task(ready)
@@ -378,7 +385,8 @@ class Planner:
         # All at once: what is not looked at because of an error on the way is no longer in flight either.
         finished = [item for item in self.consumer.finished_tasks() if self._in_flight.pop(id(item[0]), None)]
         for task, completion in finished:
-            for outcome in self._outcomes(task, completion):
+            outcomes, self._alone = self._outcomes(task, completion), None
+            for outcome in outcomes:
                 self._dispatched.discard(outcome.number)
                 claim = self.progress.open[outcome.number]
                 if not outcome.error and (outcome.skipped or self._forward(claim, outcome)):
@@ -398,8 +406,10 @@ class Planner:
         try:
             outcomes: list[Outcome] = completion.result()
         except Exception as exc:  # the worker died, or the executor failed; no function is to blame
-            error = f'{type(exc).__name__}: {exc}'
-            return [Outcome(work.number, error=error) for work in task.works]
+            for work in task.works:
+                self.progress.open[work.number].suspect = True
+            error = f'{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ""}'
+            return [Outcome(work.number, error=error, by_function=self._alone is not None) for work in task.works]
         seconds = sum(outcome.seconds for outcome in outcomes) / len(outcomes)
         known = self.consumer._seconds_per_window
         self.consumer._seconds_per_window = seconds if known is None else 0.7 * known + 0.3 * seconds
@@ -434,7 +444,8 @@ class Planner:
         for number, outcome in failed.items():
             claim = self.progress.open[number]
             shortest, longest = RETRY_PAUSES
-            pause = min(shortest * 2 ** min(claim.attempts - 1, 20), longest)
+            pause = min(shortest * 2 ** min(claim.failures, 20), longest)
+            claim.failures += 1
             claim.not_before = time.monotonic() + pause
             trace = f'\n{outcome.traceback}' if outcome.traceback else ''
             logger.error(

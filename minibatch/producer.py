@@ -346,8 +346,8 @@ def _checked(items: Iterable[Any]) -> Iterator[list[bytes]]:
         try:
             datas.append(encode(item))
         except DataError as exc:
-            so_far = f'; the {done} messages before message {i - len(datas)} are stored' if done else ''
-            raise DataError(f'message {i}: {exc}{so_far}') from None
+            so_far = f'; items[:{done}] are stored' if done else ''
+            raise DataError(f'items[{i}]: {exc}{so_far}') from None
         size += len(datas[-1])
         if size > CHECKED_BYTES:
             yield datas

@@ -22,6 +22,8 @@ class Claim:
     end: datetime | None = None
     attempts: int = 1
     not_before: float = 0.0
+    failures: int = 0
+    suspect: bool = False  # it was in the hands of a worker that died
     picked: list[Any] = field(default_factory=list)
     query_args: Any = ()
     argument: Any = None

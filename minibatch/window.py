@@ -9,6 +9,7 @@ A subclass of `WindowEmitter` of your own picks the messages itself, see there.
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue as queues
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from .consumer import Consumer
 from .errors import ArgumentError
 from .models import Buffer, Stream, Window, check_name, check_options
 from .store import Span
+
+logger = logging.getLogger(__name__)
 
 MAX_RUNS = 100_000
 
@@ -139,6 +142,7 @@ class WindowEmitter:
         self._stream, self._stream_url, self._cnx_kwargs = stream, stream_url, cnx_kwargs
         self._keep = keep
         self._stop = False
+        self.error: Exception | None = None
         self._thread: threading.Thread | None = None
         self._consumer = Consumer(self)
 
@@ -172,12 +176,23 @@ class WindowEmitter:
         return self._consumer.run_once()
 
     def start(self) -> None:
-        """Process windows in a thread of this process, until `stop`."""
+        """Process windows in a thread of this process, until `stop`.
+
+        If that ends with an error, the error is logged, and in `error`.
+        """
         if self._thread is not None and self._thread.is_alive():
             raise ArgumentError(f'the consumer of {self.stream_name!r} has been started already')
         self._stop = False
-        self._thread = threading.Thread(target=self._consumer.run, name=f'minibatch-{self.stream_name}', daemon=True)
+        self.error = None
+        self._thread = threading.Thread(target=self._run_logged, name=f'minibatch-{self.stream_name}', daemon=True)
         self._thread.start()
+
+    def _run_logged(self) -> None:
+        try:
+            self._consumer.run()
+        except Exception as exc:
+            self.error = exc
+            logger.exception('the consumer of stream %r has ended', self.stream_name)
 
     def stop(self, timeout: float = 60.0) -> None:
         """Claim no more windows, finish those in flight, and wait up to `timeout` seconds until that is done."""
@@ -208,7 +223,11 @@ class WindowEmitter:
 
     def describe(self) -> str:
         """What consumers of the same group must have in common."""
-        return f'{type(self).__name__}(size={self.size}, interval={self.interval})'
+        window = f'size={self.size}' if self.size else f'interval={self.interval}'
+        return f'{type(self).__name__}({window})'
+
+    def __repr__(self) -> str:
+        return f'<{self.describe()} on {self.stream_name}/{self.group}>'
 
     # --- planning, for the consumer
 
@@ -231,7 +250,10 @@ class WindowEmitter:
 
     def pick(self) -> WindowPlan | None:
         """Ask the subclass for its next window; None if it has none, or has picked what is not one message."""
-        ready, query_args = self.window_ready()
+        answer = self.window_ready()
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            raise ArgumentError(f'{type(self).__name__}.window_ready must return (ready, query_args), not {answer!r}')
+        ready, query_args = answer
         if not ready:
             return None
         picked = list(self.query(*query_args))

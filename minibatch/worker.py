@@ -109,7 +109,9 @@ class Task:
             return Outcome(work.number, skipped=True, missing=window.missing)
         try:
             result = self._call(window if work.argument is None else work.argument)
-        except (Exception, SystemExit) as exc:
+        except BaseException as exc:
+            if not (self.remote or isinstance(exc, (Exception, SystemExit))):
+                raise  # Ctrl-C in this very process
             return _failure(work, exc, by_function=True)
         seconds = time.perf_counter() - started
         return Outcome(work.number, result, pickled=self._pickles, missing=window.missing, seconds=seconds)

@@ -129,5 +129,5 @@ def test_a_message_that_cannot_be_stored_leaves_nothing_behind():
 
 def test_append_many_says_which_message_is_wrong():
     stream = mb.stream('s', url='mongomock://localhost/api')
-    with pytest.raises(DataError, match=r"message 2: .*data\['b'\]"):
+    with pytest.raises(DataError, match=r"items\[2\]: .*data\['b'\]"):
         stream.append_many([{}, {}, {'b': object()}])

@@ -1,5 +1,6 @@
 """Who may plan, start functions and call sinks."""
 
+import os
 import time
 from concurrent.futures import Future
 
@@ -83,3 +84,35 @@ def test_a_stop_does_not_wait_for_ever_for_a_function_that_hangs(url, db, monkey
     emitter.stop()
     assert not emitter._thread.is_alive()
     assert db.window.count_documents({'status': 'open'}) == 1
+
+
+def dies_on_zero(window):
+    if window.data[0]['a'] == 0:
+        os._exit(3)
+    return window.data[0]['a']
+
+
+def test_a_message_that_kills_its_worker_does_not_keep_the_others_from_being_processed(url, db):
+    stream, results = mb.Stream.get_or_create('s', url=url), []
+    stream.append_many({'a': i} for i in range(6))
+    emitter = mb.make_emitter('s', dies_on_zero, size=1, workers=2, stream=stream, sink=Sink(results))
+    emitter.start()
+    try:
+        eventually(lambda: sorted(results) == [1, 2, 3, 4, 5], message=f'only {results}')
+        killer = {'number': 1, 'attempts': {'$gte': 2}}
+        eventually(lambda: db.window.find_one(killer), message='it died alone, and that was not counted')
+        assert db.window.count_documents({'number': {'$gt': 1}, 'attempts': {'$gt': 1}}) == 0
+    finally:
+        emitter.stop()
+
+
+def test_a_consumer_in_a_thread_that_ends_with_an_error_says_so(url, caplog):
+    class Wrong(WindowEmitter):
+        def window_ready(self):
+            return True
+
+    emitter = mb.make_emitter('s', len, emitter=Wrong, url=url)
+    emitter.start()
+    emitter._thread.join(20)
+    assert 'window_ready must return' in str(emitter.error)
+    assert 'has ended' in caplog.text

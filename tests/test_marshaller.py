@@ -52,3 +52,15 @@ def test_in_this_process_the_function_itself_is_called():
     seen = []
     Portable(seen.append)('x')
     assert seen == ['x']
+
+
+def test_the_error_names_the_attribute_of_the_object_of_a_method():
+    class Model:
+        def __init__(self):
+            self.handle = threading.Lock()
+
+        def predict(self, window):
+            return self.handle
+
+    with pytest.raises(PortabilityError, match=r"'self\.handle'"):
+        _ = Portable(Model().predict).blob
