@@ -37,7 +37,7 @@ def test_the_weather_adds_up_to_what_plain_python_says(run, db):
     out = run('weather.py')
     assert out.splitlines()[-1] == '1456 days in 208 weeks; rain 4415.9 mm, by plain Python 4415.9 mm'
     assert re.search(r'^2014 +52 +1228\.7 +2014/03/02 \(128\.3\) +35\.6 +-6\.0$', out, re.MULTILINE)
-    assert db.example_weather_weeks.find_one({'_id': '2014/03/02'})['rain'] == pytest.approx(128.3)
+    assert db.example_weather_weeks.find_one({'week': '2014/03/02'})['rain'] == pytest.approx(128.3)
 
 
 def test_an_example_can_be_run_again(run):
