@@ -127,6 +127,9 @@ class Planner:
                 break
             self.consumer.wait(TICK)
             self._collect()
+            for number, claim in self.progress.open.items():
+                if claim.suspect and claim.failures == 1 and number not in self._dispatched:
+                    tried.discard(number)  # its worker died; once more, alone
         self._follow(wait=True)
         return self._committed
 
@@ -368,7 +371,6 @@ class Planner:
         task = Task(self.target, self.name, self.consumer._fn, works, returns)
         if self.emitter.overrides('emit'):
             task.fn = Portable(self.emitter.emit)
-        if self.emitter.overrides('emit'):
             self.consumer.wake((task, _Done(task())))
         else:
             completion = self.consumer.executor.submit(task)
@@ -445,6 +447,8 @@ class Planner:
             claim = self.progress.open[number]
             shortest, longest = RETRY_PAUSES
             pause = min(shortest * 2 ** min(claim.failures, 20), longest)
+            if claim.suspect and not claim.failures:
+                pause = 0.0  # to be run alone, at once
             claim.failures += 1
             claim.not_before = time.monotonic() + pause
             trace = f'\n{outcome.traceback}' if outcome.traceback else ''

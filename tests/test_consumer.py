@@ -106,6 +106,15 @@ def test_a_message_that_kills_its_worker_does_not_keep_the_others_from_being_pro
         emitter.stop()
 
 
+def test_one_round_tries_the_windows_of_a_worker_that_died_once_more_alone(url, db):
+    stream, results = mb.Stream.get_or_create('s', url=url), []
+    stream.append_many({'a': i} for i in range(6))
+    emitter = mb.make_emitter('s', dies_on_zero, size=1, workers=2, stream=stream, sink=Sink(results))
+    assert emitter._run_once() == 5
+    assert sorted(results) == [1, 2, 3, 4, 5]
+    assert [doc['attempts'] for doc in db.window.find({'status': 'open'})] == [2]
+
+
 def test_a_consumer_in_a_thread_that_ends_with_an_error_says_so(url, caplog):
     class Wrong(WindowEmitter):
         def window_ready(self):
