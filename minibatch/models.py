@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from enum import Enum
 from typing import Any, ClassVar
 
 from bson import ObjectId
@@ -35,15 +34,6 @@ logger = logging.getLogger(__name__)
 MAX_NAME = 200
 MAX_COUNT = 10**9
 MAX_SECONDS = 1e9
-
-
-class WindowStatus(str, Enum):
-    """Where a window is on its way: open, then processed (or failed); void is a number that was never used."""
-
-    OPEN = 'open'
-    PROCESSED = 'processed'
-    FAILED = 'failed'
-    VOID = 'void'
 
 
 @dataclass(frozen=True)
@@ -202,7 +192,6 @@ class Buffer(_Model):
     batch = _RawField()
     times = _RawField()
     meta_ = _RawField(db_field='meta')
-    token = _RawField()
 
     @queryset_manager
     def objects(doc_cls, queryset: QuerySet) -> QuerySet:
@@ -212,7 +201,10 @@ class Buffer(_Model):
 
 
 class Window(_Model):
-    """A window as it is stored: which messages it has, and its state. `data` reads them while they are kept."""
+    """A window as it is stored: which messages it has, and its state. `data` reads them while they are kept.
+
+    Its `status` is open until it is committed, then processed; void is a number that was never used.
+    """
 
     meta: ClassVar[dict[str, Any]] = {'collection': 'window'}
     id = _RawField(primary_key=True, default=ObjectId)
