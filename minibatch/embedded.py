@@ -122,7 +122,7 @@ def start() -> Status:
         servers = _find(home)
         if not any(_listens(server.path) for server in servers):
             for server in servers:  # left over, its socket removed or its start cut short
-                _end(server, home, START_TIMEOUT)
+                _end(server, START_TIMEOUT)
             _launch(home)
             servers = _find(home)
         if not servers:
@@ -153,7 +153,7 @@ def stop(timeout: float = 30.0) -> bool:
     with _locked(home):
         servers = _find(home)
         for server in servers:
-            _end(server, home, timeout)
+            _end(server, timeout)
         if servers:
             (home / 'state.json').unlink(missing_ok=True)
         return bool(servers)
@@ -379,19 +379,25 @@ def _find(home: Path) -> list[_Server]:
     return sorted(found, key=lambda server: (server.process.create_time(), server.process.pid), reverse=True)
 
 
-def _end(server: _Server, home: Path, timeout: float) -> None:
+def _end(server: _Server, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     process = server.process
     with suppress(psutil.NoSuchProcess):
         process.terminate()  # psutil checks first that the process id was not given to another
-    # a process that exits loses its command line first, then its locks and its socket
-    while _server(process, home) or _listens(server.path):
+    # a process that exits loses its command line first, then its locks and its socket, and itself last
+    while _runs(process) or _listens(server.path):
         if time.monotonic() > deadline:
             raise EmbeddedServerError(f'The embedded MongoDB (process {process.pid}) has not ended within '
                                       f'{timeout:g} s. Wait longer, or end it with `kill -9 {process.pid}`: '
                                       'what was acknowledged is kept.')
         time.sleep(POLL)
     log.info('embedded MongoDB stopped, process %s', process.pid)
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _launch(home: Path) -> None:
