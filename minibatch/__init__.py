@@ -15,7 +15,8 @@
 from .api import make_emitter, stream, streaming
 from .connection import authenticated_url, connectdb
 from .errors import MinibatchError
-from .models import Buffer, Message, MessageWindow, Stream, Window
+from .messages import Message, MessageWindow
+from .models import Buffer, Stream, Window
 
 __all__ = [
     'Buffer',

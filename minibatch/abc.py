@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from pymongo import MongoClient
+    from pymongo.client_session import ClientSession
+
     from .models import Stream
 
 
@@ -38,6 +41,39 @@ class Sink(Protocol):
 
     def put(self, messages: Any) -> Any:
         """Deliver the result of one window: what the function returned, or else the window's data (a list)."""
+
+
+class WindowCommit(Protocol):
+    """A window about to be committed, as an `ExactlyOnceSink` is given it."""
+
+    id: str
+    """The id of the window, the same over every retry."""
+
+    def joins(self, client: MongoClient[Any]) -> bool:
+        """Whether a transaction of `client` can commit the window: it is on the replica set of the stream."""
+
+    def commit(self, session: ClientSession) -> bool:
+        """Commit the window within the transaction of `session`.
+
+        Returns:
+            False if an earlier attempt has committed it, with its results: then abort, and all is done.
+
+        Raises:
+            LeaseLostError: if another consumer has taken over; abort.
+        """
+
+
+@runtime_checkable
+class ExactlyOnceSink(Sink, Protocol):
+    """A sink that shows the result of each window once, however often the window is tried.
+
+    ``put_once`` is called instead of ``put``. It either writes the results and calls ``window.commit(session)`` in one
+    transaction; or, where that is not possible, it writes them so that writing them again changes nothing, by a key
+    made of ``window.id``, and does not call ``window.commit``.
+    """
+
+    def put_once(self, messages: Any, window: WindowCommit) -> None:
+        """Deliver the result of one window; raise if that is not certain."""
 
 
 class Completion(Protocol):

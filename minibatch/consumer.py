@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymongo.errors import PyMongoError
 
-from . import lease, store
+from . import lease, ledger
 from .abc import Executor
 from .connection import is_passing
 from .errors import GroupConflictError, LeaseLostError
@@ -117,7 +117,7 @@ class Consumer:
     def _lead(self) -> Planner | None:
         emitter = self.emitter
         target = emitter.stream.target
-        for other in store.groups_of(target.majority, emitter.stream_name):
+        for other in ledger.groups_of(target.majority, emitter.stream_name):
             if other['group'] != emitter.group and (emitter.picks or other.get('picks')):
                 raise GroupConflictError(
                     f'stream {emitter.stream_name!r} has the consumer groups {emitter.group!r} and {other["group"]!r}, '

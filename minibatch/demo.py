@@ -30,7 +30,8 @@ from .api import make_emitter, stream
 from .clock import now
 from .connection import URL_VARIABLES, Target, masked, target
 from .contrib.mongodb import MongoSink
-from .models import MessageWindow, Stream
+from .messages import MessageWindow
+from .models import Stream
 
 RESULTS = 'demo_windows'
 RUNS = 'demo_runs'

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 from pymongo.errors import PyMongoError
 
-from . import clock, store
+from . import clock, ledger, store
 from .connection import Target
 from .errors import GroupConflictError, LeaseLostError
 
@@ -59,13 +59,13 @@ class Lease:
         self._thread.join()
         if not self._lost:
             with suppress(PyMongoError):  # then it runs out by itself
-                store.release_lease(self._target.majority, self._stream, self._group, self.epoch, clean)
+                ledger.release_lease(self._target.majority, self._stream, self._group, self.epoch, clean)
 
     def _renew(self) -> None:
         while not self._released.wait(self._seconds / 4):
             asked = time.monotonic()
             try:
-                server_time = store.renew_lease(
+                server_time = ledger.renew_lease(
                     self._target.majority, self._stream, self._group, self.epoch, self._seconds
                 )
             except LeaseLostError:
@@ -90,14 +90,14 @@ def take(
         GroupConflictError: if another function has the lease.
     """
     db = target.majority
-    doc = store.find_group(db, stream, group)
+    doc = ledger.find_group(db, stream, group)
     holder = (doc or {}).get('lease', {}).get('owner', {})
     dead = holder and (holder['token'] == token or is_dead(holder))
     asked = time.monotonic()
-    taken = store.take_lease(db, stream, group, owner(token), seconds, holder['token'] if dead else '', fields)
+    taken = ledger.take_lease(db, stream, group, owner(token), seconds, holder['token'] if dead else '', fields)
     if taken is not None:
         return Lease(target, stream, group, seconds, taken, asked)
-    doc = store.find_group(db, stream, group) or {}
+    doc = ledger.find_group(db, stream, group) or {}
     if doc.get('fingerprint') != fields['fingerprint']:
         raise GroupConflictError(
             f"stream {stream!r} is being consumed as group {group!r} by {doc.get('fingerprint')}, not by "
@@ -158,7 +158,7 @@ class Adoption:
         if not store.has_without_offset(db, self._stream):
             return 0
         deadline = time.monotonic() + ADOPTION_LEASE / 2
-        taken = store.take_lease(db, self._stream, '', owner(new_token()), ADOPTION_LEASE, '', {})
+        taken = ledger.take_lease(db, self._stream, '', owner(new_token()), ADOPTION_LEASE, '', {})
         while taken is not None and time.monotonic() < deadline:
             try:
                 found = store.adopt_without_offset(db, self._stream, self._producer, self._offset)
@@ -170,5 +170,5 @@ class Adoption:
             if not found:
                 break
         if taken is not None:
-            store.release_lease(db, self._stream, '', taken['lease']['epoch'], clean=True)
+            ledger.release_lease(db, self._stream, '', taken['lease']['epoch'], clean=True)
         return adopted

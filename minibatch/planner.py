@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
-from . import clock, store
+from . import clock, ledger, store
 from .connection import using
 from .errors import LeaseLostError
 from .lease import Adoption, Lease
@@ -183,12 +183,12 @@ class Planner:
         """Take over: fence off the predecessor, adopt its open windows, and go on from where it was."""
         db, doc = self.target.majority, self.lease.doc
         number = int(doc['number'])
-        following = store.next_number(db, self.name, self.group, number + 1)
+        following = ledger.next_number(db, self.name, self.group, number + 1)
         if not doc['clean']:
-            following = store.fence(db, self.name, self.group, self.epoch, following, self.lease.now())
-        windows = store.adopt_windows(db, self.name, self.group, self.epoch, number + 1, following)
-        store.sweep_windows(db, self.name, self.group, number, self.lease.now())
-        positions = store.read_positions(db, self.name, self.group)
+            following = ledger.fence(db, self.name, self.group, self.epoch, following, self.lease.now())
+        windows = ledger.adopt_windows(db, self.name, self.group, self.epoch, number + 1, following)
+        ledger.sweep_windows(db, self.name, self.group, number, self.lease.now())
+        positions = ledger.read_positions(db, self.name, self.group)
         frontier = doc.get('frontier') and clock.aware(doc['frontier'])
         self.progress = Progress(number, following, positions, frontier)
         known = {window['number'] for window in windows}
@@ -207,7 +207,7 @@ class Planner:
         if self.progress.frontier is not None:
             ends.append(self.progress.frontier)
         self.log = LogView(self, max(ends, default=None))
-        self.follower.resume(positions, store.read_cleaned(db, self.name, self.group))
+        self.follower.resume(positions, ledger.read_cleaned(db, self.name, self.group))
 
     def _claim_of(self, window: dict[str, Any], start: Any, end: Any) -> Claim:
         claim = Claim(
@@ -267,12 +267,12 @@ class Planner:
             return False
         claims = [
             Claim(
-                store.window_id(self.name, self.group, number), number, plan.spans, now, plan.start, plan.end,
+                ledger.window_id(self.name, self.group, number), number, plan.spans, now, plan.start, plan.end,
                 picked=plan.picked, query_args=plan.query_args, argument=plan.argument,
             )
             for number, plan in enumerate(plans, self.progress.next_number)
         ]  # fmt: skip
-        store.claim_windows(self.target.majority, [self._document(claim) for claim in claims], self.epoch)
+        ledger.claim_windows(self.target.majority, [self._document(claim) for claim in claims], self.epoch)
         for claim in claims:
             self.progress.claim(claim)
         return True
@@ -431,7 +431,7 @@ class Planner:
             return False
 
     def _commit(self, claims: list[Claim]) -> None:
-        store.commit_windows(self.target.majority, [claim.id for claim in claims], self.epoch)
+        ledger.commit_windows(self.target.majority, [claim.id for claim in claims], self.epoch)
         for claim in claims:
             if self.emitter.picks:
                 self.emitter.commit(claim.picked, claim.argument)
@@ -462,7 +462,7 @@ class Planner:
             if self.emitter.picks:
                 self.emitter.undo(claim.picked, claim.argument)
         if errors:
-            store.retry_windows(self.target.majority, errors, self.epoch)
+            ledger.retry_windows(self.target.majority, errors, self.epoch)
 
     def _expired(self, count: int) -> None:
         if count:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pymongo.errors import PyMongoError
 
-from . import clock, store
+from . import clock, ledger, store
 from .connection import Target
 from .store import Span
 
@@ -127,20 +127,20 @@ class Follower:
 
     def _write(self, moved: dict[str, int], number: int, frontier: datetime | None, counts: Counter[str]) -> None:
         db = self._target.majority
-        store.write_positions(db, self._stream, self._group, self._epoch, moved)
+        ledger.write_positions(db, self._stream, self._group, self._epoch, moved)
         self._positions.update(moved)
         fields: dict[str, Any] = {'number': number}
         if frontier is not None:
             fields['frontier'] = frontier
-        store.write_progress(db, self._stream, self._group, self._epoch, fields, dict(counts))
+        ledger.write_progress(db, self._stream, self._group, self._epoch, fields, dict(counts))
 
     def _retain(self, number: int) -> None:
         db = self._target.majority
         if not self._keep and number > self._deleted_number:
-            store.delete_windows(db, self._stream, self._group, self._deleted_number + 1, number + 1)
+            ledger.delete_windows(db, self._stream, self._group, self._deleted_number + 1, number + 1)
             self._deleted_number = number
         self._forget_idle_producers()
-        limits, keep = store.released(db, self._stream, self._group, self._positions)
+        limits, keep = ledger.released(db, self._stream, self._group, self._positions)
         clean = store.mark_processed if keep else store.delete_records
         for producer, upto in limits.items():
             cleaned = self._cleaned.get(producer, 0)
@@ -153,7 +153,7 @@ class Follower:
             self._read_marked = time.monotonic()
 
     def _note_cleaned(self) -> None:
-        store.write_cleaned(self._target.majority, self._stream, self._group, self._newly_cleaned)
+        ledger.write_cleaned(self._target.majority, self._stream, self._group, self._newly_cleaned)
         self._newly_cleaned = {}
 
     def _forget_idle_producers(self) -> None:
@@ -161,7 +161,7 @@ class Follower:
             return
         self._pruned = time.monotonic()
         alive = store.log_ends(self._target.majority, self._stream)
-        store.prune_positions(self._target.majority, self._stream, self._group, alive, clock.now())
+        ledger.prune_positions(self._target.majority, self._stream, self._group, alive, clock.now())
         self._positions = {producer: at for producer, at in self._positions.items() if producer in alive}
         # What a repeated insert has brought back behind us is found from the start again.
         self._cleaned = {p: at for p, at in self._cleaned.items() if p in alive and (self._keep or at < alive[p])}

@@ -24,7 +24,8 @@ from .abc import Completion
 from .connection import Target
 from .errors import DataError, MinibatchError
 from .marshaller import Portable
-from .models import MessageWindow, Window
+from .messages import MessageWindow
+from .models import Window
 from .store import Span
 
 REREAD_PAUSES = (0.05, 0.2, 0.5)

@@ -9,7 +9,7 @@ from pymongo.errors import AutoReconnect
 from servers import eventually
 
 import minibatch as mb
-from minibatch import store
+from minibatch import ledger
 from minibatch.errors import LeaseLostError
 from minibatch.models import Buffer
 from minibatch.window import WindowEmitter
@@ -31,7 +31,7 @@ def test_a_consumer_whose_lease_ran_out_calls_no_sink_and_commits_nothing(url, d
     def lost(*args):
         raise AutoReconnect('lost')
 
-    monkeypatch.setattr(store, 'renew_lease', lost)
+    monkeypatch.setattr(ledger, 'renew_lease', lost)
     stream, results = mb.Stream.get_or_create('s', url=url), []
     stream.append({'a': 1})
     emitter = mb.make_emitter(

@@ -38,7 +38,7 @@ from pymongo.errors import AutoReconnect
 from servers import Mongod, Proxy, eventually
 
 import minibatch as mb
-from minibatch import store
+from minibatch import ledger
 
 # Every write of the consumer's loop. The first death leaves a lease behind, as the fence needs one to be called.
 WRITES = ('claim_windows', 'take_lease', 'fence', 'adopt_windows', 'commit_windows', 'write_positions',
@@ -283,14 +283,14 @@ def test_a_consumer_goes_on_when_the_reply_to_one_of_its_writes_was_lost(mongod,
 
 
 def test_fixed_windows_stay_right_when_the_connection_is_lost_while_they_are_claimed(url, db, monkeypatch):
-    seen, errors, claim_windows = Seen(), [AutoReconnect('lost')], store.claim_windows
+    seen, errors, claim_windows = Seen(), [AutoReconnect('lost')], ledger.claim_windows
 
     def lossy(*args):
         if errors:
             raise errors.pop()
         claim_windows(*args)
 
-    monkeypatch.setattr(store, 'claim_windows', lossy)
+    monkeypatch.setattr(ledger, 'claim_windows', lossy)
     stream = mb.stream('faults', url=url)
     start = datetime.now(timezone.utc).replace(microsecond=0) - timedelta(seconds=20)
     times = [start + timedelta(seconds=0.1 * i) for i in range(100)]

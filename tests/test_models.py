@@ -7,7 +7,7 @@ import pytest
 import minibatch as mb
 from minibatch import connection
 from minibatch.clock import EPOCH
-from minibatch.models import MessageWindow
+from minibatch.messages import MessageWindow
 from minibatch.store import Span
 
 

@@ -7,8 +7,6 @@ from pymongo.errors import BulkWriteError
 
 from minibatch import clock, store
 from minibatch.connection import Target
-from minibatch.errors import LeaseLostError
-from minibatch.lease import is_dead, owner
 from minibatch.producer import encode, encode_meta
 from minibatch.store import Span
 
@@ -142,106 +140,6 @@ def test_indexes_build_on_a_database_with_messages_without_offsets(db, url):
     assert store.adopt_without_offset(db, 's', 'old', 0) == 3
     assert values(store.read_records(db, 's', Span('old', 0, 3))) == [0, 1, 2]
     assert not store.has_without_offset(db, 's')
-
-
-def test_a_lease_is_held_by_one_and_taken_with_the_next_epoch(log):
-    first = store.take_lease(log, 's', 'g', owner('1'), 60, '', {})
-    assert (first['lease']['epoch'], first['clean']) == (1, True)
-    assert store.take_lease(log, 's', 'g', owner('2'), 60, '', {}) is None
-    second = store.take_lease(log, 's', 'g', owner('2'), 60, '1', {})
-    assert (second['lease']['epoch'], second['clean']) == (2, False)
-    with pytest.raises(LeaseLostError):
-        store.renew_lease(log, 's', 'g', 1, 60)
-    store.release_lease(log, 's', 'g', 1, clean=True)
-    assert store.take_lease(log, 's', 'g', owner('3'), 60, '', {}) is None
-    store.release_lease(log, 's', 'g', 2, clean=True)
-    assert store.take_lease(log, 's', 'g', owner('3'), 60, '', {})['clean'] is True
-
-
-def test_a_lease_that_ran_out_by_the_servers_time_is_free(log):
-    store.take_lease(log, 's', 'g', owner('1'), 0.0, '', {})
-    assert store.take_lease(log, 's', 'g', owner('2'), 60, '', {})['lease']['epoch'] == 2
-
-
-def test_an_owner_in_another_host_or_namespace_is_not_taken_for_dead():
-    mine = owner('x')
-    assert not is_dead(mine)
-    assert is_dead({**mine, 'started': mine['started'] - 100})
-    assert not is_dead({**mine, 'started': mine['started'] - 100, 'host': 'elsewhere'})
-    assert not is_dead({**mine, 'started': mine['started'] - 100, 'namespace': 'pid:[1]'})
-
-
-def window(number, epoch, spans=(('a', 0, 1),)):
-    id_ = store.window_id('s', 'g', number)
-    base = {'stream': 's', 'group': 'g', 'number': number, 'status': 'open', 'epoch': epoch}
-    return {'_id': id_, **base, 'spans': [list(span) for span in spans], 'created': clock.now()}
-
-
-def test_a_consumer_that_lost_its_lease_meets_the_void_window(log):
-    store.claim_windows(log, [window(1, epoch=1)], epoch=1)
-    following = store.next_number(log, 's', 'g', 1)
-    assert store.fence(log, 's', 'g', 2, following, clock.now()) == 3
-    with pytest.raises(LeaseLostError):
-        store.claim_windows(log, [window(2, epoch=1)], epoch=1)
-    adopted = store.adopt_windows(log, 's', 'g', 2, 1, 3)
-    assert [doc['number'] for doc in adopted] == [1]
-    with pytest.raises(LeaseLostError):
-        store.commit_windows(log, [store.window_id('s', 'g', 1)], epoch=1)
-    store.commit_windows(log, [store.window_id('s', 'g', 1)], epoch=2)
-
-
-def test_a_claim_may_be_repeated_after_an_unclear_result(log):
-    windows = [window(number, epoch=1) for number in (1, 2, 3)]
-    store.claim_windows(log, windows[:2], epoch=1)
-    store.claim_windows(log, windows, epoch=1)
-    assert log.window.count_documents({}) == 3
-
-
-def test_positions_of_an_earlier_epoch_do_not_overwrite_later_ones(log):
-    store.write_positions(log, 's', 'g', 2, {'a': 10})
-    with pytest.raises(LeaseLostError):
-        store.write_positions(log, 's', 'g', 1, {'a': 5, 'b': 3})
-    assert store.read_positions(log, 's', 'g')['a'] == 10
-
-
-def test_progress_of_an_earlier_epoch_is_refused(log):
-    store.take_lease(log, 's', 'g', owner('1'), 0.0, '', {})
-    store.take_lease(log, 's', 'g', owner('2'), 60, '', {})
-    with pytest.raises(LeaseLostError):
-        store.write_progress(log, 's', 'g', 1, {'number': 3}, {})
-
-
-def test_messages_are_released_when_every_group_is_through(log):
-    for group in ('g', 'h'):
-        store.take_lease(log, 's', group, owner(group), 60, '', {'keep': False})
-    assert store.released(log, 's', 'g', {'a': 10}) == ({'a': 0}, False)
-    store.write_positions(log, 's', 'h', 1, {'a': 7})
-    assert store.released(log, 's', 'g', {'a': 10}) == ({'a': 7}, False)
-
-
-def test_the_lease_for_adopting_messages_is_no_consumer_group(log):
-    store.take_lease(log, 's', '', owner('1'), 60, '', {})
-    assert store.groups_of(log, 's') == []
-    assert store.released(log, 's', 'g', {'a': 10}) == ({'a': 10}, False)
-
-
-def test_groups_of_streams_whose_names_begin_alike_are_told_apart(log):
-    store.take_lease(log, 's', 'g', owner('1'), 60, '', {})
-    store.take_lease(log, 's/g', 'h', owner('2'), 60, '', {})
-    assert [doc['group'] for doc in store.groups_of(log, 's')] == ['g']
-    store.write_positions(log, 's/g', 'h', 1, {'a': 1})
-    assert store.read_positions(log, 's', 'g') == {}
-
-
-def test_a_list_of_spans_that_is_too_long_for_a_document_goes_on_in_others(log, monkeypatch):
-    monkeypatch.setattr(store, 'MAX_SPANS', 3)
-    spans = [(f'p{i:02d}', 0, 1) for i in range(10)]
-    store.claim_windows(log, [window(1, epoch=1, spans=spans)], epoch=1)
-    (doc,) = store.adopt_windows(log, 's', 'g', 2, 1, 2)
-    assert [tuple(span) for span in doc['spans']] == spans
-    store.commit_windows(log, [doc['_id']], epoch=2)
-    store.delete_windows(log, 's', 'g', 1, 2)
-    assert log.window_spans.count_documents({}) == 0
 
 
 def test_the_shape_of_a_record_batch_is_what_the_document_says(log):

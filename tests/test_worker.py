@@ -7,7 +7,7 @@ import threading
 import pytest
 from servers import eventually
 
-from minibatch import clock, store, worker
+from minibatch import clock, ledger, store, worker
 from minibatch.connection import Target
 from minibatch.marshaller import Portable
 from minibatch.models import Window
@@ -33,7 +33,7 @@ def write(target, offset, n):
 
 
 def work(number, *spans):
-    return Work(store.window_id('s', 'g', number), number, clock.now(), None, None, 1, [Span(*span) for span in spans])
+    return Work(ledger.window_id('s', 'g', number), number, clock.now(), None, None, 1, [Span(*span) for span in spans])
 
 
 def do(target, fn, *works, returns=True):

@@ -2,7 +2,7 @@
 
 It takes one argument, JSON: url, stream, options of streaming, `work` (seconds which the function takes), `say`
 (whether it prints the id of its window), `picks` (whether an emitter of its own picks the messages), and `interrupt`,
-[signal, before or after, a function of the store, which call]: there it sends itself that signal.
+[signal, before or after, a function of ledger or store, which call]: there it sends itself that signal.
 """
 import itertools
 import json
@@ -13,7 +13,7 @@ import threading
 import time
 
 import minibatch as mb
-from minibatch import store
+from minibatch import ledger, store
 
 config = json.loads(sys.argv[1])
 work, say = config['work'], config['say']
@@ -44,7 +44,8 @@ class EvenInOrder(mb.window.WindowEmitter):
 
 
 def interrupt(number, when, name, call):
-    original, calls = getattr(store, name), itertools.count(1)
+    module = ledger if hasattr(ledger, name) else store
+    original, calls = getattr(module, name), itertools.count(1)
 
     def interrupted(*args, **kwargs):
         mine = args[-1] != {} and next(calls) == call  # what has nothing to write is no write
@@ -55,7 +56,7 @@ def interrupt(number, when, name, call):
             signal.pthread_kill(threading.get_ident(), number)
         return result
 
-    setattr(store, name, interrupted)
+    setattr(module, name, interrupted)
 
 
 if config['interrupt']:

@@ -1,0 +1,116 @@
+"""What is stored about consumer groups, and what the database refuses."""
+
+import pytest
+
+from minibatch import clock, ledger, store
+from minibatch.connection import Target
+from minibatch.errors import LeaseLostError
+from minibatch.lease import is_dead, owner
+
+
+@pytest.fixture
+def log(url, db):
+    """The database at majority, with its indexes."""
+    target = Target(url, db.name)
+    store.ensure_indexes(target.db)
+    return target.majority
+
+
+def test_a_lease_is_held_by_one_and_taken_with_the_next_epoch(log):
+    first = ledger.take_lease(log, 's', 'g', owner('1'), 60, '', {})
+    assert (first['lease']['epoch'], first['clean']) == (1, True)
+    assert ledger.take_lease(log, 's', 'g', owner('2'), 60, '', {}) is None
+    second = ledger.take_lease(log, 's', 'g', owner('2'), 60, '1', {})
+    assert (second['lease']['epoch'], second['clean']) == (2, False)
+    with pytest.raises(LeaseLostError):
+        ledger.renew_lease(log, 's', 'g', 1, 60)
+    ledger.release_lease(log, 's', 'g', 1, clean=True)
+    assert ledger.take_lease(log, 's', 'g', owner('3'), 60, '', {}) is None
+    ledger.release_lease(log, 's', 'g', 2, clean=True)
+    assert ledger.take_lease(log, 's', 'g', owner('3'), 60, '', {})['clean'] is True
+
+
+def test_a_lease_that_ran_out_by_the_servers_time_is_free(log):
+    ledger.take_lease(log, 's', 'g', owner('1'), 0.0, '', {})
+    assert ledger.take_lease(log, 's', 'g', owner('2'), 60, '', {})['lease']['epoch'] == 2
+
+
+def test_an_owner_in_another_host_or_namespace_is_not_taken_for_dead():
+    mine = owner('x')
+    assert not is_dead(mine)
+    assert is_dead({**mine, 'started': mine['started'] - 100})
+    assert not is_dead({**mine, 'started': mine['started'] - 100, 'host': 'elsewhere'})
+    assert not is_dead({**mine, 'started': mine['started'] - 100, 'namespace': 'pid:[1]'})
+
+
+def window(number, epoch, spans=(('a', 0, 1),)):
+    id_ = ledger.window_id('s', 'g', number)
+    base = {'stream': 's', 'group': 'g', 'number': number, 'status': 'open', 'epoch': epoch}
+    return {'_id': id_, **base, 'spans': [list(span) for span in spans], 'created': clock.now()}
+
+
+def test_a_consumer_that_lost_its_lease_meets_the_void_window(log):
+    ledger.claim_windows(log, [window(1, epoch=1)], epoch=1)
+    following = ledger.next_number(log, 's', 'g', 1)
+    assert ledger.fence(log, 's', 'g', 2, following, clock.now()) == 3
+    with pytest.raises(LeaseLostError):
+        ledger.claim_windows(log, [window(2, epoch=1)], epoch=1)
+    adopted = ledger.adopt_windows(log, 's', 'g', 2, 1, 3)
+    assert [doc['number'] for doc in adopted] == [1]
+    with pytest.raises(LeaseLostError):
+        ledger.commit_windows(log, [ledger.window_id('s', 'g', 1)], epoch=1)
+    ledger.commit_windows(log, [ledger.window_id('s', 'g', 1)], epoch=2)
+
+
+def test_a_claim_may_be_repeated_after_an_unclear_result(log):
+    windows = [window(number, epoch=1) for number in (1, 2, 3)]
+    ledger.claim_windows(log, windows[:2], epoch=1)
+    ledger.claim_windows(log, windows, epoch=1)
+    assert log.window.count_documents({}) == 3
+
+
+def test_positions_of_an_earlier_epoch_do_not_overwrite_later_ones(log):
+    ledger.write_positions(log, 's', 'g', 2, {'a': 10})
+    with pytest.raises(LeaseLostError):
+        ledger.write_positions(log, 's', 'g', 1, {'a': 5, 'b': 3})
+    assert ledger.read_positions(log, 's', 'g')['a'] == 10
+
+
+def test_progress_of_an_earlier_epoch_is_refused(log):
+    ledger.take_lease(log, 's', 'g', owner('1'), 0.0, '', {})
+    ledger.take_lease(log, 's', 'g', owner('2'), 60, '', {})
+    with pytest.raises(LeaseLostError):
+        ledger.write_progress(log, 's', 'g', 1, {'number': 3}, {})
+
+
+def test_messages_are_released_when_every_group_is_through(log):
+    for group in ('g', 'h'):
+        ledger.take_lease(log, 's', group, owner(group), 60, '', {'keep': False})
+    assert ledger.released(log, 's', 'g', {'a': 10}) == ({'a': 0}, False)
+    ledger.write_positions(log, 's', 'h', 1, {'a': 7})
+    assert ledger.released(log, 's', 'g', {'a': 10}) == ({'a': 7}, False)
+
+
+def test_the_lease_for_adopting_messages_is_no_consumer_group(log):
+    ledger.take_lease(log, 's', '', owner('1'), 60, '', {})
+    assert ledger.groups_of(log, 's') == []
+    assert ledger.released(log, 's', 'g', {'a': 10}) == ({'a': 10}, False)
+
+
+def test_groups_of_streams_whose_names_begin_alike_are_told_apart(log):
+    ledger.take_lease(log, 's', 'g', owner('1'), 60, '', {})
+    ledger.take_lease(log, 's/g', 'h', owner('2'), 60, '', {})
+    assert [doc['group'] for doc in ledger.groups_of(log, 's')] == ['g']
+    ledger.write_positions(log, 's/g', 'h', 1, {'a': 1})
+    assert ledger.read_positions(log, 's', 'g') == {}
+
+
+def test_a_list_of_spans_that_is_too_long_for_a_document_goes_on_in_others(log, monkeypatch):
+    monkeypatch.setattr(ledger, 'MAX_SPANS', 3)
+    spans = [(f'p{i:02d}', 0, 1) for i in range(10)]
+    ledger.claim_windows(log, [window(1, epoch=1, spans=spans)], epoch=1)
+    (doc,) = ledger.adopt_windows(log, 's', 'g', 2, 1, 2)
+    assert [tuple(span) for span in doc['spans']] == spans
+    ledger.commit_windows(log, [doc['_id']], epoch=2)
+    ledger.delete_windows(log, 's', 'g', 1, 2)
+    assert log.window_spans.count_documents({}) == 0
