@@ -5,11 +5,12 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint services docs bench clean
+.PHONY: help demo test soak lint services docs bench clean
 
 help:
 	@echo 'make demo      a live stream of this machine through windows, on a MongoDB of its own (15 seconds)'
 	@echo 'make test      all tests'
+	@echo 'make soak      producers and consumers under random faults, and a proof (MINUTES=1)'
 	@echo 'make lint      ruff, mypy, and checks of Dockerfile and docker-compose.yml'
 	@echo 'make services  the system packages the tests need (Debian and Ubuntu, as root)'
 	@echo 'make docs      the documentation, in docs/_build/html'
@@ -21,6 +22,9 @@ demo: .venv/.demo
 
 test: .venv/.dev
 	@.venv/bin/python -m pytest
+
+soak: .venv/.dev
+	@.venv/bin/python tests/soak.py --minutes $(or $(MINUTES),1)
 
 lint: .venv/.dev
 	@echo 'ruff' && .venv/bin/ruff check --quiet .

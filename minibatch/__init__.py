@@ -15,11 +15,14 @@
 from .api import make_emitter, stream, streaming
 from .connection import authenticated_url, connectdb
 from .errors import MinibatchError
+from .groups import DeadLetter, Group
 from .messages import Message, MessageWindow
 from .models import Buffer, Stream, Window
 
 __all__ = [
     'Buffer',
+    'DeadLetter',
+    'Group',
     'Message',
     'MessageWindow',
     'MinibatchError',

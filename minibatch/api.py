@@ -12,8 +12,12 @@ from .errors import ArgumentError
 from .models import Stream, check_name
 from .window import CountWindow, FixedTimeWindow, RelaxedTimeWindow, WindowEmitter
 
-EMITTER_OPTIONS = ('emit_empty', 'processfn', 'group', 'lease', 'cnx_kwargs')
-STREAM_OPTIONS = ('interval', 'batchsize', 'max_age', 'linger', 'cnx_kwargs')
+EMITTER_OPTIONS = (
+    'emit_empty', 'processfn', 'group', 'start', 'max_attempts', 'timeout', 'on_error', 'ordered', 'lease',
+    'stall_after', 'cnx_kwargs',
+)  # fmt: skip
+STREAM_OPTIONS = ('interval', 'batchsize', 'max_age', 'linger', 'max_backlog', 'on_full', 'timeout',
+                  'group_expiry', 'cnx_kwargs')  # fmt: skip
 
 
 def stream(name: str, fn: Callable[..., Any] | None = None, url: str | None = None, **options: Any) -> Stream:
@@ -24,7 +28,8 @@ def stream(name: str, fn: Callable[..., Any] | None = None, url: str | None = No
         fn: process the windows of the stream with this function; then `options` are those of `streaming`.
         url: a MongoDB URL, else what `connectdb` connected to, else MINIBATCH_MONGO_URL, else MONGO_URL, else the
             embedded MongoDB.
-        options: interval, batchsize, max_age, linger, cnx_kwargs; see `Stream.get_or_create`.
+        options: interval, batchsize, linger; max_age, how long messages are kept, processed or not; max_backlog,
+            on_full, timeout: how many may wait, and what an append does then; cnx_kwargs. See `Stream.get_or_create`.
 
     Raises:
         ArgumentError: naming the argument.
@@ -96,15 +101,17 @@ def streaming(
         keep: keep messages and windows after they were processed.
         url: a MongoDB URL; see `stream` for what holds without one.
         sink: anything with ``put(messages)``, called in this process with each result before the window is
-            committed.
+            committed; a `Stream` is one.
         queue: a (multiprocessing) queue; a true item in it stops the processing.
         source: a source, see `minibatch.abc.Source`; attached while this consumer has the lease.
         blocking: False to do one round only.
         executor: class or instance of anything with ``submit(fn)``; worker processes by default.
         workers: how many worker processes, all CPUs by default. With 1, calls are in the order of the messages.
         max_workers: the same as `workers`.
-        options: emit_empty, processfn, group, lease, cnx_kwargs; see `WindowEmitter`. `group` names the consumer
-            group: each group gets every message. `lease` is in seconds.
+        options: emit_empty, processfn, group, start, max_attempts, timeout, on_error, ordered, lease, stall_after,
+            cnx_kwargs; see `WindowEmitter`. `group` names the consumer group: each group gets every message. A window
+            that has failed `max_attempts` times is a dead letter, see `Stream.dead_letters`. `timeout`, `lease` and
+            `stall_after` are in seconds.
 
     Raises:
         ArgumentError: naming the argument.
@@ -185,7 +192,7 @@ def _make(
     made = _emitter_class(emitter, size, interval, relaxed)(
         name,
         emitfn=fn,
-        forwardfn=None if sink is None else sink.put,
+        sink=sink,
         executor=executor,
         max_workers=workers if workers is not None else max_workers,
         stream_url=url,

@@ -40,9 +40,24 @@ URL_VARIABLES = ('MINIBATCH_MONGO_URL', 'MONGO_URL')
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 1.0
 MAJORITY = WriteConcern('majority')
-# CursorNotFound, ShutdownInProgress, ReadConcernMajorityNotAvailableYet, ExceededTimeLimit, InterruptedAtShutdown,
-# InterruptedDueToReplStateChange: pymongo does not call all of them a lost connection.
-PASSING_CODES = {43, 91, 134, 262, 11600, 11602}
+# pymongo does not call all of them a lost connection, and none of them if they stand in the reply to a bulk write.
+PASSING_CODES = {
+    6,  # HostUnreachable
+    7,  # HostNotFound
+    43,  # CursorNotFound
+    89,  # NetworkTimeout
+    91,  # ShutdownInProgress
+    134,  # ReadConcernMajorityNotAvailableYet
+    189,  # PrimarySteppedDown
+    262,  # ExceededTimeLimit
+    9001,  # SocketException
+    10107,  # NotWritablePrimary
+    11600,  # InterruptedAtShutdown
+    11602,  # InterruptedDueToReplStateChange
+    13435,  # NotPrimaryNoSecondaryOk
+    13436,  # NotPrimaryOrSecondary
+    14031,  # OutOfDiskSpace
+}
 
 _lock = threading.RLock()
 _clients: dict[tuple[Any, ...], MongoClient[dict[str, Any]]] = {}
@@ -253,10 +268,20 @@ def masked(url: str) -> str:
     return re.sub(r'(?i)(password|token)([=:])[^&,]*', r'\1\2***', url)
 
 
+def same_replica_set(one: MongoClient[Any], other: MongoClient[Any]) -> bool:
+    """Whether two clients lead to the same replica set, so that a transaction can span what both see."""
+    if one is other:
+        return bool(one.admin.command('hello').get('setName'))
+    hellos = [client.admin.command('hello') for client in (one, other)]
+    names = [(hello.get('setName'), sorted(hello.get('hosts', ()))) for hello in hellos]
+    return names[0][0] is not None and names[0] == names[1]
+
+
 def is_passing(exc: PyMongoError) -> bool:
     """Whether an error is a matter of time, such as a lost connection or a fail-over; what it did is then unclear."""
     if isinstance(exc, BulkWriteError):
-        return not exc.details.get('writeErrors') and bool(exc.details.get('writeConcernErrors'))
+        errors = exc.details.get('writeErrors') or ()
+        return bool(exc.details.get('writeConcernErrors')) or any(e['code'] in PASSING_CODES for e in errors)
     code = exc.code if isinstance(exc, OperationFailure) else None
     labelled = exc.timeout or exc.has_error_label('RetryableWriteError')
     return labelled or isinstance(exc, (AutoReconnect, WriteConcernError)) or code in PASSING_CODES

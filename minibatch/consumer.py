@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pymongo.errors import PyMongoError
@@ -22,7 +23,7 @@ from .errors import GroupConflictError, LeaseLostError
 from .lease import Lease
 from .marshaller import Portable, name_of
 from .planner import TICK, Planner
-from .worker import Pool, Processed, Task
+from .worker import Limit, Pool, Processed, Task
 
 if TYPE_CHECKING:
     from .window import WindowEmitter
@@ -39,6 +40,7 @@ class Consumer:
 
     executor: Executor
     at_once: int  # how many tasks it is given at once
+    limit: Limit | None = None
 
     def __init__(self, emitter: WindowEmitter) -> None:
         self.emitter = emitter
@@ -112,7 +114,7 @@ class Consumer:
         return [item for item in arrived if item is not None]
 
     def __str__(self) -> str:
-        return f'{self.emitter.stream_name}/{self.emitter.group}'
+        return self.emitter.name
 
     def _lead(self) -> Planner | None:
         emitter = self.emitter
@@ -143,7 +145,7 @@ class Consumer:
         workers = self.emitter.max_workers or os.cpu_count() or 1
         self.at_once = 2 * workers
         if given is None:
-            with Pool(workers, self._fn) as self.executor:
+            with self._limit(), Pool(workers, self._fn) as self.executor:
                 yield
         elif isinstance(given, type):
             takes_workers = 'max_workers' in inspect.signature(given).parameters
@@ -157,8 +159,17 @@ class Consumer:
             yield
 
     @contextmanager
+    def _limit(self) -> Iterator[None]:
+        if self.emitter.timeout is None:
+            yield
+            return
+        with TemporaryDirectory(prefix='minibatch-', ignore_cleanup_errors=True) as folder:
+            self.limit = Limit(self.emitter.timeout, folder)
+            yield
+
+    @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C stop the loop after what is in flight; the second one at once."""
+        """SIGTERM and Ctrl-C stop the loop after what is in flight; the second one ends it at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -170,8 +181,9 @@ class Consumer:
             nonlocal first
             first = first or time.monotonic()
             if time.monotonic() - first > SAME_SIGNAL:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                raise KeyboardInterrupt
+                for each in before:
+                    signal.signal(each, signal.SIG_IGN)
+                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
             self.emitter._stop = True
             self.wake()
 

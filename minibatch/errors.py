@@ -6,15 +6,18 @@
     ├── ArgumentError            (ValueError, TypeError)
     │   └── PortabilityError
     ├── DataError                (ValueError)
+    ├── WindowFailedError
     ├── ServerError              (ConnectionError)
     │   ├── UnreachableError
     │   ├── EmbeddedServerError
     │   │   ├── NoMongodError
     │   │   └── DataFolderInUseError
-    │   └── UnconfirmedError
+    │   ├── UnconfirmedError
+    │   └── BacklogFullError
     └── LeaseError
         ├── LeaseLostError
-        └── GroupConflictError
+        ├── GroupConflictError
+        └── GroupBusyError
 
 The docstring of a class is its message when none is given.
 """
@@ -36,11 +39,34 @@ class PortabilityError(ArgumentError):
 
 
 class DataError(MinibatchError, ValueError):
-    """The data of a message cannot be stored in MongoDB; nothing was written."""
+    """The data of a message cannot be stored in MongoDB; nothing was written, or `written` says how much.
+
+    `written` and `queued` are those of `ServerError`; `queued` is 0.
+    """
+
+    written: int = 0
+    queued: int = 0
+
+
+class WindowFailedError(MinibatchError):
+    """A window has failed max_attempts times, and on_error='stop' ends the consumer."""
 
 
 class ServerError(MinibatchError, ConnectionError):
-    """MongoDB did not answer as it must."""
+    """MongoDB did not answer as it must.
+
+    When an append raises it (or a subclass), `written` messages of that call are stored, and `queued` messages after
+    those stay with the producer, which sends them again before any other. Nothing else of the call was or will be
+    written. So this goes on with neither loss nor doubles, once the cause is gone::
+
+        stream.flush()
+        stream.append_many(items[exc.written + exc.queued:])
+
+    When `flush` raises it, `queued` is how many messages are not stored yet.
+    """
+
+    written: int = 0
+    queued: int = 0
 
 
 class UnreachableError(ServerError):
@@ -60,7 +86,14 @@ class DataFolderInUseError(EmbeddedServerError):
 
 
 class UnconfirmedError(ServerError):
-    """MongoDB did not confirm an append in time; it stays queued and is sent again first."""
+    """MongoDB did not confirm an append in time; `queued` of its messages stay queued and are sent again first."""
+
+
+class BacklogFullError(ServerError):
+    """The stream has max_backlog messages that wait to be processed; what was refused is not written later either.
+
+    It is a `ServerError`, so that one `except` around an append catches all that may pass.
+    """
 
 
 class LeaseError(MinibatchError):
@@ -73,3 +106,7 @@ class LeaseLostError(LeaseError):
 
 class GroupConflictError(LeaseError):
     """A different function is consuming the stream under the same consumer group."""
+
+
+class GroupBusyError(LeaseError):
+    """A consumer leads this consumer group; stop it first."""

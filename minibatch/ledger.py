@@ -3,12 +3,15 @@
 Collections (see docs/architecture.rst for why):
 
 ``group``     {_id: stream/group, stream, group, lease: {owner, epoch, expires}, fingerprint, keep, picks, number,
-              frontier, windows, messages, expired_unprocessed}; every window up to ``number`` is finished
+              frontier, seen, started, sessions, stalled, deleted, reset, windows, messages, expired_unprocessed,
+              retried, failed}; every window up to ``number`` is finished; ``reset`` are positions decided on, not all
+              written yet; ``deleted`` makes it a tombstone
 ``position``  {_id: stream/group/producer, stream, group, producer, offset, epoch, updated, cleaned}; every message
               of the producer below ``offset`` is finished
 ``window``    {_id: stream/group/number, stream, group, number, spans, n, start, end, status, epoch, attempts, error,
-              picked, created, processed}; spans are [producer, from, to), and go on in ``window_spans`` if there are
-              many
+              traceback, failed, tried, picked, created, processed}; spans are [producer, from, to), and go on in
+              ``window_spans`` if there are many. Its status goes from open to processed or failed (a dead letter),
+              from failed to replay when somebody asks for it, and on to processed or failed; or it is void.
 
 The functions take the database and know nothing of any connection. Those that change what a consumer group owns
 take its `epoch`, and change nothing once another consumer has taken over.
@@ -16,21 +19,27 @@ take its `epoch`, and change nothing once another consumer has taken over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime, timedelta
+from typing import Any
 
-from bson import Int64
+from bson import Binary, Int64
 from pymongo import ReturnDocument, UpdateOne
-from pymongo.errors import BulkWriteError, DuplicateKeyError
+from pymongo.client_session import ClientSession
+from pymongo.errors import BulkWriteError, DuplicateKeyError, OperationFailure
 
-from .clock import EPOCH, MILLISECOND
+from . import store
+from .clock import EPOCH, MILLISECOND, aware
+from .connection import is_passing
 from .errors import LeaseLostError
 from .store import DB, DUPLICATE_KEY, Doc, Span, id_prefix
 
 MAX_SPANS = 100_000
 VOID_KEPT = timedelta(days=1)
 IDLE_POSITION_KEPT = timedelta(days=1)
+UNFINISHED: Doc = {'status': {'$in': ['open', 'replay']}}
+PROCESSED: Doc = {'status': 'processed', 'processed': True}
 
 
 # --- the lease of a consumer group
@@ -47,7 +56,8 @@ def find_group(db: DB, stream: str, group: str) -> Doc | None:
 
 def groups_of(db: DB, stream: str) -> list[Doc]:
     """The consumer groups of a stream; the group without a name is the lease for adopting messages."""
-    return list(db.group.find({**id_prefix(f'{stream}/'), 'stream': stream, 'group': {'$ne': ''}}))
+    live = {'stream': stream, 'group': {'$ne': ''}, 'deleted': None}
+    return list(db.group.find({**id_prefix(f'{stream}/'), **live}))
 
 
 def take_lease(db: DB, stream: str, group: str, owner: Doc, seconds: float, instead_of: str, fields: Doc) -> Doc | None:
@@ -77,6 +87,43 @@ def take_lease(db: DB, stream: str, group: str, owner: Doc, seconds: float, inst
     )
 
 
+def start_group(db: DB, stream: str, group: str, epoch: int) -> None:
+    """Note that a group has its first positions, and is there again if it was deleted.
+
+    Raises:
+        LeaseLostError: if another consumer has the lease.
+    """
+    update = {'$set': {'started': True}, '$unset': {'deleted': 1}}
+    if db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, update).matched_count == 0:
+        raise LeaseLostError
+
+
+def note_session(db: DB, stream: str, group: str, epoch: int, session: Binary) -> None:
+    """Note the id of a session before its first transaction, so that whoever takes over can end what it left.
+
+    Raises:
+        LeaseLostError: if another consumer has the lease.
+    """
+    mine = {'_id': group_id(stream, group), 'lease.epoch': epoch}
+    if db.group.update_one(mine, {'$addToSet': {'sessions': session}}).matched_count == 0:
+        raise LeaseLostError
+
+
+def end_sessions(db: DB, stream: str, group: str, epoch: int, sessions: list[Any], clean: bool) -> None:
+    """End the transactions of the consumer before, if it did not: their locks would hold us up for a minute."""
+    if not clean:
+        with suppress(OperationFailure):  # where it is not allowed they end when their time is over
+            ids = [{'id': session} for session in sessions]
+            db.client.admin.command('killSessions', ids, codec_options=db.codec_options)
+    db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, {'$unset': {'sessions': 1}})
+
+
+def write_stalled(db: DB, stream: str, group: str, epoch: int, since: datetime | None) -> None:
+    """Note since when windows wait and none is finished, or that they are again."""
+    update = {'$unset': {'stalled': 1}} if since is None else {'$set': {'stalled': since}}
+    db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, update)
+
+
 def renew_lease(db: DB, stream: str, group: str, epoch: int, seconds: float) -> datetime:
     """Extend the lease; returns the server's time.
 
@@ -97,8 +144,11 @@ def renew_lease(db: DB, stream: str, group: str, epoch: int, seconds: float) -> 
 
 def release_lease(db: DB, stream: str, group: str, epoch: int, clean: bool) -> None:
     """Give the lease up, so that the next consumer need not wait; `clean` if no write of ours can be under way."""
-    expires = EPOCH if clean else EPOCH + MILLISECOND
-    db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, {'$set': {'lease.expires': expires}})
+    update = {
+        '$set': {'lease.expires': EPOCH if clean else EPOCH + MILLISECOND},
+        '$currentDate': {'seen': True},
+    }
+    db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, update)
 
 
 def _seconds_from_now(seconds: float) -> Doc:
@@ -157,7 +207,7 @@ def claim_windows(db: DB, docs: list[Doc], epoch: int) -> None:
             db.window.insert_many(docs)
             return
         except BulkWriteError as exc:
-            if not exc.details['writeErrors'] or exc.details['writeErrors'][0]['code'] != DUPLICATE_KEY:
+            if is_passing(exc) or exc.details['writeErrors'][0]['code'] != DUPLICATE_KEY:
                 raise
             at = exc.details['writeErrors'][0]['index']
             ours = db.window.find_one({'_id': docs[at]['_id'], 'epoch': epoch, 'status': 'open'}, {'_id': 1})
@@ -167,13 +217,13 @@ def claim_windows(db: DB, docs: list[Doc], epoch: int) -> None:
 
 
 def commit_windows(db: DB, ids: list[str], epoch: int) -> None:
-    """Make open windows processed.
+    """Make open and replayed windows processed.
 
     Raises:
         LeaseLostError: if one of them is no longer ours.
     """
     ours = {'_id': {'$in': ids}, 'epoch': epoch}
-    result = db.window.update_many({**ours, 'status': 'open'}, {'$set': {'status': 'processed', 'processed': True}})
+    result = db.window.update_many({**ours, **UNFINISHED}, {'$set': PROCESSED})
     if result.matched_count < len(ids) and db.window.count_documents({**ours, 'status': 'processed'}) < len(ids):
         raise LeaseLostError
 
@@ -181,17 +231,34 @@ def commit_windows(db: DB, ids: list[str], epoch: int) -> None:
 def retry_windows(db: DB, errors: dict[str, str], epoch: int) -> None:
     """Write, before they are tried again, that an attempt at each of these windows failed, and why."""
     updates = [
-        UpdateOne({'_id': id_, 'epoch': epoch, 'status': 'open'}, {'$inc': {'attempts': 1}, '$set': {'error': why}})
+        UpdateOne({'_id': id_, 'epoch': epoch, **UNFINISHED}, {'$inc': {'attempts': 1}, '$set': {'error': why}})
         for id_, why in errors.items()
     ]
     db.window.bulk_write(updates, ordered=False)
+
+
+def commit_with(db: DB, id_: str, epoch: int, session: ClientSession) -> bool | None:
+    """Make a window processed in a transaction: False if it was already, None if it is not there as ours."""
+    ours = {'_id': id_, 'epoch': epoch}
+    if db.window.update_one({**ours, **UNFINISHED}, {'$set': PROCESSED}, session=session).matched_count:
+        return True
+    return None if db.window.find_one({**ours, **PROCESSED}, {'_id': 1}, session=session) is None else False
+
+
+def is_unfinished(db: DB, id_: str, epoch: int) -> bool:
+    """Whether a window is ours and not finished."""
+    return db.window.find_one({'_id': id_, 'epoch': epoch, **UNFINISHED}, {'_id': 1}) is not None
+
+
+# --- windows, removed
 
 
 def delete_windows(db: DB, stream: str, group: str, first: int, end: int) -> None:
     """Delete the processed windows from number `first` to below `end`."""
     numbers = _windows(stream, group, first, end)
     db.window.delete_many({**numbers, 'status': 'processed'})
-    db.window_spans.delete_many(numbers)
+    dead = [doc['number'] for doc in db.window.find({**numbers, 'failed': {'$exists': True}}, {'number': 1})]
+    db.window_spans.delete_many({**numbers, 'number': {'$nin': dead}})
 
 
 def sweep_windows(db: DB, stream: str, group: str, upto: int, now: datetime) -> None:
@@ -309,12 +376,145 @@ def write_progress(db: DB, stream: str, group: str, epoch: int, fields: Doc, cou
 
 
 def released(db: DB, stream: str, group: str, positions: dict[str, int]) -> tuple[dict[str, int], bool]:
-    """Up to which offset every group is finished with each producer, and whether a group keeps what it processed."""
+    """Up to which offset every group is finished with each producer, and whether what is processed is kept.
+
+    A group may keep it, or the stream, until it is `max_age` old.
+    """
     limits = dict(positions)
-    keep = False
-    for other in groups_of(db, stream):
+    keep = store.find_stream(db, stream).get('max_age') is not None
+    for other in groups_that_hold(db, stream):
         keep = keep or bool(other.get('keep'))
         if other['group'] != group:
             theirs = read_positions(db, stream, other['group'])
             limits = {producer: min(offset, theirs.get(producer, 0)) for producer, offset in limits.items()}
     return limits, keep
+
+
+def groups_that_hold(db: DB, stream: str) -> list[Doc]:
+    """The consumer groups that messages wait for: all but those that nobody has run for `group_expiry`."""
+    expired = expired_groups(db, stream)
+    return [doc for doc in groups_of(db, stream) if doc['_id'] not in expired]
+
+
+def expired_groups(db: DB, stream: str) -> list[str]:
+    """The ids of the groups of a stream that nobody has run for `group_expiry`, if the stream has that option."""
+    expiry = store.find_stream(db, stream).get('group_expiry')
+    if expiry is None:
+        return []
+    return [
+        doc['_id']
+        for doc in groups_now(db, stream)
+        if doc['now'] - max(doc[key] for key in ('taken', 'seen') if key in doc) > timedelta(seconds=expiry)
+        and doc['lease']['expires'] < doc['now']
+    ]
+
+
+# --- consumer groups, administered
+
+
+def groups_now(db: DB, stream: str | None = None, group: str | None = None) -> list[Doc]:
+    """The consumer groups of a stream, or of all, each with ``now``, the server's time."""
+    live: Doc = {'group': {'$ne': ''} if group is None else group, 'deleted': None}
+    if stream is not None:
+        live = {**id_prefix(f'{stream}/'), 'stream': stream, **live}
+    return list(db.group.aggregate([{'$match': live}, {'$sort': {'_id': 1}}, {'$set': {'now': '$$NOW'}}]))
+
+
+def finished_spans(db: DB, stream: str, group: str, number: int) -> Iterator[Span]:
+    """The spans of the windows after `number` that are finished already."""
+    finished = {**_windows(stream, group, number + 1), 'status': {'$nin': ['open', 'void']}}
+    for doc in db.window.find(finished, {'spans': 1, 'parts': 1}):
+        yield from all_spans(db, doc)
+
+
+def offsets_at(db: DB, stream: str, to: str | datetime) -> dict[str, int]:
+    """For each producer with records the offset of its first message at 'earliest', at 'latest', or at a time.
+
+    A time is when messages were created: the first one created at it or later, which the server looks for from the
+    oldest one on. Where there is none, it is the offset of the next message to come.
+    """
+    ends = store.log_ends(db, stream)
+    if to == 'latest':
+        return ends
+    firsts = {
+        producer: _first_since(db, stream, producer, to)
+        if isinstance(to, datetime)
+        else store.first_kept(db, stream, producer, 0)
+        for producer in ends
+    }
+    return {producer: end if (first := firsts[producer]) is None else first for producer, end in ends.items()}
+
+
+def _first_since(db: DB, stream: str, producer: str, time: datetime) -> int | None:
+    log = {'stream': stream, 'producer': producer, 'offset': {'$gte': 0}}
+    since = {'$or': [{'created': {'$gte': time}}, {'times': {'$gte': time}}]}
+    fields = {'offset': 1, 'n': 1, 'created': 1, 'times': 1}
+    doc = db.buffer.find_one({**log, **since}, fields, sort=[('offset', 1)])
+    if doc is None:
+        return None
+    return int(doc['offset']) + next(i for i, at in enumerate(store.times_of(doc)) if aware(at) >= aware(time))
+
+
+def reset_group(db: DB, stream: str, group: str, epoch: int, number: int, positions: dict[str, int]) -> None:
+    """Let a group go on from other positions, with the window after `number`, its last one.
+
+    One write decides: it gives up what was claimed, and says which positions hold from now on. Whoever has the lease
+    next finishes what a crash after it has left undone (`finish_reset`); before it, nothing has happened.
+
+    Raises:
+        LeaseLostError: if another consumer has the lease.
+    """
+    decided = [[producer, Int64(offset)] for producer, offset in positions.items()]
+    update = {
+        '$set': {'number': number, 'started': True, 'reset': decided},
+        '$unset': {'frontier': 1, 'stalled': 1},
+    }
+    if db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, update).matched_count == 0:
+        raise LeaseLostError
+    finish_reset(db, stream, group, epoch, decided)
+
+
+def finish_reset(db: DB, stream: str, group: str, epoch: int, decided: list[list[Any]]) -> None:
+    """Write the positions that the ``reset`` of a group says. May be done again.
+
+    Raises:
+        LeaseLostError: if another consumer has written them since.
+    """
+    positions = {producer: int(offset) for producer, offset in decided}
+    write_positions(db, stream, group, epoch, positions)
+    cleaned = read_cleaned(db, stream, group)
+    write_cleaned(db, stream, group, {p: at for p, at in positions.items() if at < cleaned.get(p, 0)})
+    db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, {'$unset': {'reset': 1}})
+
+
+def delete_group(db: DB, stream: str, group: str, epoch: int, number: int) -> None:
+    """Leave a tombstone of a group: its lease, so that whoever led before stays refused, and its last number.
+
+    Raises:
+        LeaseLostError: if another consumer has the lease.
+    """
+    same = {key: f'${key}' for key in ('_id', 'stream', 'group', 'lease')}
+    tombstone = {**same, 'number': {'$literal': number}, 'deleted': '$$NOW'}
+    ours = {'_id': group_id(stream, group), 'lease.epoch': epoch}
+    if db.group.update_one(ours, [{'$replaceWith': tombstone}]).matched_count == 0:
+        raise LeaseLostError
+
+
+def clear_group(db: DB, stream: str, group: str, epoch: int, number: int) -> None:
+    """Delete what a deleted group has left: positions, and the windows and dead letters up to `number`.
+
+    Void windows stay, as those who led before must still meet them. May be done again.
+    """
+    ours = {'stream': stream, 'group': group}
+    db.position.delete_many({**id_prefix(f'{stream}/{group}/'), **ours, 'epoch': {'$lte': epoch}})
+    below = _windows(stream, group, 0, number + 1)
+    db.window.delete_many({**below, 'status': {'$ne': 'void'}})
+    db.window_spans.delete_many(below)
+    db.dead.delete_many(below)
+
+
+def find_window(db: DB, id_: str) -> Doc | None:
+    """The whole document of a window, without the spans that go on elsewhere."""
+    return db.window.find_one({'_id': id_})
+
+

@@ -51,7 +51,7 @@ class MessageWindow:
     ) -> None:
         self.id, self.stream, self.number, self.created = id, stream, number, created
         self.start, self.end, self.attempt = start, end, attempt
-        self._slices = [(span.producer, *piece) for span, found in records for piece in _trim(span, found)]
+        self._slices = [(span.producer, *piece) for span, found in records for piece in store.trim(span, found)]
         self._count = sum(end - start for _, _, start, end in self._slices)
         self.missing = sum(span.end - span.start for span, _ in records) - self._count
         self._merged = not as_picked and len({producer for producer, *_ in self._slices}) > 1
@@ -91,17 +91,6 @@ class MessageWindow:
 
     def __repr__(self) -> str:
         return f'<window {self.id} with {self._count} messages>'
-
-
-def _trim(span: Span, records: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], int, int]]:
-    """(record batch, first, end) of the messages of a span, each once although record batches may overlap."""
-    next_offset = span.start
-    for record in records:
-        offset = int(record['offset'])
-        first, end = max(next_offset - offset, 0), min(int(record['n']), span.end - offset)
-        if first < end:
-            yield record, first, end
-            next_offset = offset + end
 
 
 def _messages(producer: str, record: dict[str, Any], first: int, end: int) -> Iterator[Message]:

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar
 
@@ -20,10 +20,12 @@ from mongoengine.fields import BooleanField, DateTimeField, FloatField, IntField
 from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 
-from . import clock, ledger, store
+from . import clock, dead, groups, ledger, store
 from .abc import Source
+from .backlog import TIMEOUT, Limits
 from .connection import Target, current, current_stream, target
-from .errors import ArgumentError
+from .errors import ArgumentError, DataError
+from .groups import DeadLetters, Group
 from .messages import MessageWindow
 from .producer import Producer, producer_of
 
@@ -100,7 +102,8 @@ class Buffer(_Model):
 class Window(_Model):
     """A window as it is stored: which messages it has, and its state. `data` reads them while they are kept.
 
-    Its `status` is open until it is committed, then processed; void is a number that was never used.
+    Its `status` is open until it is committed, then processed; failed is a dead letter, replay one that is to be tried
+    again; void is a number that was never used.
     """
 
     meta: ClassVar[dict[str, Any]] = {'collection': 'window'}
@@ -121,6 +124,9 @@ class Window(_Model):
     epoch = IntField()
     attempts = IntField()
     error = StringField()
+    traceback = StringField()
+    failed = DateTimeField()
+    tried = IntField()
     picked = BooleanField()
 
     def __init__(self, *args: Any, **values: Any) -> None:
@@ -139,7 +145,10 @@ class Window(_Model):
         """The window as a function is given it, with what is still stored of its messages."""
         db = self._get_collection().database
         spans = ledger.all_spans(db, {'_id': self.id, 'spans': self.spans, 'parts': self.parts})
-        records = [(span, store.read_records(db, self.stream, span)) for span in spans]
+        if self.failed:
+            records = dead.records(db, self.id, spans)
+        else:
+            records = [(span, store.read_records(db, self.stream, span)) for span in spans]
         start, end = (at and clock.aware(at) for at in (self.start, self.end))
         created = clock.aware(self.created)
         place = (self.id, self.stream, self.number, created, start, end, self.attempts or 1)
@@ -165,6 +174,9 @@ class Stream(_Model):
     batchsize = IntField()
     linger = FloatField()
     max_age = FloatField()
+    max_backlog = IntField()
+    on_full = StringField()
+    group_expiry = FloatField()
 
     consume: ClassVar[Callable[..., Any]]
     """What `streaming` calls; the layer above this one puts it here."""
@@ -178,9 +190,15 @@ class Stream(_Model):
         batchsize: int | None = None,
         max_age: float | None = None,
         linger: float | None = None,
+        max_backlog: int | None = None,
+        on_full: str | None = None,
+        timeout: float | None = None,
+        group_expiry: float | None = None,
         cnx_kwargs: dict[str, Any] | None = None,
     ) -> Stream:
         """Open a stream, and create it if there is none of this name.
+
+        All options but `timeout` and `cnx_kwargs` are stored with the stream, for all who open it later.
 
         Args:
             name: the name of the stream.
@@ -188,29 +206,72 @@ class Stream(_Model):
             interval: seconds; the interval of the windows of `Stream.streaming` if that names none.
             batchsize: messages appended one by one are written as one record batch when there are so many.
                 `append` then only queues; they are acknowledged by the append that fills the batch, or by `flush`.
-            max_age: seconds after which a message is deleted, processed or not.
+            max_age: seconds for which messages are kept, processed or not; then they are deleted. Their age is that
+                of the time their producer gave them, by the clock of the server. Without it a message is deleted
+                when all consumer groups have processed it.
             linger: seconds after which a record batch that is not full is written all the same, 1 by default.
+            max_backlog: how many messages may wait to be processed by the slowest consumer group, or be stored if
+                there is no group yet. It must be more than a window holds. The limit is a soft one: what other
+                producers append is known up to a second later.
+            on_full: what an append does when there are so many: 'block' (the default) waits for room, up to
+                `timeout`, 'raise' raises `BacklogFullError` at once.
+            timeout: seconds that an append by this handle waits for room, and then again for MongoDB to confirm,
+                while it is not reachable or its disk is full; 60 by default. Of a server that takes the connection
+                and never answers, the ``socketTimeoutMS`` of the URL is the limit of one attempt.
+            group_expiry: seconds after which messages no longer wait for a consumer group that nobody runs; without
+                it they do so for ever.
             cnx_kwargs: further options of `pymongo.MongoClient`.
 
         Raises:
             ArgumentError: naming the argument.
             UnreachableError: if MongoDB does not answer.
         """
-        options = {'interval': interval, 'batchsize': batchsize, 'max_age': max_age, 'linger': linger}
-        given = {key: value for key, value in options.items() if value is not None}
+        numbers = {'interval': interval, 'batchsize': batchsize, 'max_age': max_age, 'linger': linger,
+                   'max_backlog': max_backlog, 'group_expiry': group_expiry}  # fmt: skip
+        given: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
         check_name('the name of a stream', name)
-        check_options(given)
-        return cls._open(name, target(url, **(cnx_kwargs or {})), given)
+        check_options(given if timeout is None else {**given, 'timeout': timeout})
+        if on_full is not None:
+            if on_full not in ('block', 'raise'):
+                raise ArgumentError(f"on_full must be 'block' or 'raise', not {on_full!r}")
+            given['on_full'] = on_full
+        return cls._open(name, target(url, **(cnx_kwargs or {})), given, timeout)
 
     @classmethod
-    def _open(cls, name: str, where: Target, options: dict[str, Any]) -> Stream:
+    def find(cls, name: str, url: str | None = None, **cnx: Any) -> Stream:
+        """Open a stream that exists.
+
+        Args:
+            name: the name of the stream.
+            url: a MongoDB URL, see `connectdb` for what holds without one.
+            cnx: further options of `pymongo.MongoClient`.
+
+        Raises:
+            ArgumentError: if there is none of this name; it names up to 10 that there are.
+            UnreachableError: if MongoDB does not answer.
+        """
+        check_name('the name of a stream', name)
+        where = target(url, **cnx)
         where.check()
+        if not store.find_stream(where.majority, name):
+            names = store.stream_names(where.majority, 11)
+            listed = ', '.join(map(repr, names[:10])) + (' and more' if len(names) > 10 else '')
+            raise ArgumentError(f'database {where.dbname!r} has no stream {name!r}; there are: {listed or "none"}')
+        return cls._open(name, where, {})
+
+    @classmethod
+    def _open(cls, name: str, where: Target, options: dict[str, Any], timeout: float | None = None) -> Stream:
+        where.check()
+        limited = 'on_full' not in options or 'max_backlog' in options
+        if not limited and not store.find_stream(where.majority, name).get('max_backlog'):
+            raise ArgumentError(f'on_full goes with max_backlog, which stream {name!r} has not; give both')
         store.ensure_indexes(where.db)
         stream: Stream = cls._from_son(store.open_stream(where.majority, name, options, clock.now()))
         stream._target = where
         stream._get_collection = lambda: where.db.stream  # type: ignore[method-assign]
         stream._batchsize = options.get('batchsize') or stream.batchsize or 1
         stream._linger = 1.0 if stream.linger is None else stream.linger
+        stream._limits = Limits(stream.max_backlog, stream.on_full or 'block', timeout or TIMEOUT)
         if stream.max_age:
             _clear_in_background(where, name, stream.max_age)
         return stream
@@ -223,6 +284,7 @@ class Stream(_Model):
     _target: Target | None = None
     _batchsize: int = 1
     _linger: float = 1.0
+    _limits = Limits()
 
     @property
     def target(self) -> Target:
@@ -251,12 +313,15 @@ class Stream(_Model):
 
         Raises:
             DataError: naming the key that cannot be stored; nothing was written.
-            UnconfirmedError: MongoDB did not confirm in time; see `flush`.
+            BacklogFullError: there was no room in time, see `max_backlog`; nothing was written.
+            UnconfirmedError: MongoDB did not confirm in time. With ``exc.queued`` 1 the message is sent again before
+                the next one, and `flush` waits for it; with 0 nothing was written.
+            ServerError: MongoDB refused it; `exc.queued` as above.
         """
         if self._batchsize > 1:
-            self._producer.append_later(data, meta, self._batchsize, self._linger)
+            self._producer.append_later(data, meta, self._batchsize, self._linger, self._limits)
         else:
-            self._producer.append(data, meta)
+            self._producer.append(data, meta, self._limits)
 
     def append_many(self, items: Iterable[dict[str, Any]]) -> int:
         """Append many messages as record batches, the fast way; they are stored when this returns.
@@ -265,15 +330,52 @@ class Stream(_Model):
             How many.
 
         Raises:
-            DataError: naming message and key. Of up to 64 MB nothing was written; of more the error says how much.
+            DataError: naming message and key. Of up to 64 MB nothing was written; of more ``exc.written`` messages.
+            BacklogFullError: there was no room in time, see `max_backlog`.
+            UnconfirmedError: MongoDB did not confirm in time.
+            ServerError: MongoDB refused it.
+
+        Each has `written` and `queued`: ``items[:exc.written]`` are stored, so many more stay queued, and the rest was
+        not taken. With a list, this goes on once the cause is gone, and neither loses nor doubles a message::
+
+            stream.flush()
+            stream.append_many(items[exc.written + exc.queued:])
         """
         if isinstance(items, (dict, str, bytes)) or not hasattr(items, '__iter__'):
             raise ArgumentError(f'append_many takes an iterable of dicts, not {type(items).__name__}; see append')
-        return self._producer.append_many(items)
+        return self._producer.append_many(items, self._limits)
+
+    def put(self, messages: Any) -> None:
+        """Append the result of a window: a stream is a sink. It is stored when this returns, with a batchsize too.
+
+        Args:
+            messages: a message, or an iterable of messages; an empty one does nothing.
+
+        Raises:
+            DataError: if it is something else, naming its type.
+            ServerError: as `append_many` does.
+
+        Example:
+            >>> mb.streaming('a', fn, size=10, sink=mb.stream('b'))    # doctest: +SKIP
+        """
+        if isinstance(messages, Mapping):
+            self._producer.append(messages, limits=self._limits)
+        elif isinstance(messages, (str, bytes)) or not isinstance(messages, Iterable):
+            raise DataError(
+                f'stream {self.name!r} as a sink takes a dict or a list of dicts, not {type(messages).__name__}; '
+                f'let the function return such'
+            )
+        else:
+            self._producer.append_many(messages, self._limits)
 
     def flush(self) -> None:
-        """Return when all that was appended in this process is stored."""
-        self._producer.flush()
+        """Return when all that was appended in this process is stored.
+
+        Raises:
+            UnconfirmedError: MongoDB did not confirm in time; ``exc.queued`` messages stay queued.
+            ServerError: MongoDB refused them; they stay queued.
+        """
+        self._producer.flush(self._limits.timeout)
 
     def clear(self) -> int:
         """Delete all messages and windows of this stream; returns how many messages. Consumers go on behind them."""
@@ -348,12 +450,47 @@ class Stream(_Model):
         """The stored windows of this stream, as a mongoengine query set."""
         return Window.in_database(self.target).filter(stream=self.name, **filter)
 
+    def groups(self) -> list[Group]:
+        """The consumer groups of this stream, by name.
+
+        Example:
+            >>> for group in stream.groups():    # doctest: +SKIP
+            ...     print(group.name, group.lag(), group.owner)
+        """
+        return groups.groups_of(self.target, self.name)
+
+    def group(self, name: str = 'default') -> Group:
+        """One consumer group of this stream.
+
+        Raises:
+            ArgumentError: if there is none of this name, naming those there are.
+        """
+        return groups.group_of(self.target, self.name, name)
+
+    def dead_letters(self, group: str | None = None) -> DeadLetters:
+        """The windows that have failed for good, of one consumer group or of all; the oldest failure first.
+
+        Returns:
+            A list of `DeadLetter`, without their messages, which each reads when asked for. `replay` and `discard` of
+            the list do it for all of them.
+
+        Raises:
+            ArgumentError: if there is no such consumer group, naming those there are.
+
+        Example:
+            >>> for letter in stream.dead_letters():    # doctest: +SKIP
+            ...     print(letter.id, letter.error, letter.data[:3])
+            >>> stream.dead_letters('alerts').replay()    # doctest: +SKIP
+            3
+        """
+        return groups.dead_letters(self.target, self.name, group)
+
     def streaming(self, fn: Callable[..., Any] | None = None, **options: Any) -> Any:
         """Process the windows of this stream with a function; takes the options of `minibatch.streaming`."""
         return type(self).consume(self.name, fn, stream=self, **options)
 
     def autoclear(self, max_age: float) -> None:
-        """Delete messages older than `max_age` seconds, processed or not, now and as long as this process runs."""
+        """Keep messages for `max_age` seconds, processed or not, then delete them, in a thread of this process."""
         check_options({'max_age': max_age})
         store.open_stream(self.target.majority, self.name, {'max_age': max_age}, clock.now())
         _clear_in_background(self.target, self.name, max_age)
@@ -366,7 +503,6 @@ def _clear_in_background(where: Target, name: str, max_age: float) -> None:
     key = (os.getpid(), where, name)
     running = key in _clearing
     _clearing[key] = max_age
-    store.delete_older(where.majority, name, clock.now() - timedelta(seconds=max_age))
     if not running:
         threading.Thread(target=_clear_regularly, args=key, name=f'minibatch-autoclear-{name}', daemon=True).start()
 
@@ -374,14 +510,16 @@ def _clear_in_background(where: Target, name: str, max_age: float) -> None:
 def _clear_regularly(*key: Any) -> None:
     _, where, name = key
     while True:
-        time.sleep(min(max(_clearing[key] / 10, 0.1), 60))
         try:
-            deleted = store.delete_older(where.majority, name, clock.now() - timedelta(seconds=_clearing[key]))
+            # By the server's clock: that of this machine may be ahead.
+            now = clock.now() if where.is_mock else store.server_time(where.majority)
+            deleted = store.delete_older(where.majority, name, now - timedelta(seconds=_clearing[key]))
         except PyMongoError as exc:
             logger.warning('old messages of stream %r not deleted, trying again: %s', name, exc)
         else:
             if deleted:
                 logger.info('%d messages of stream %r were older than %g s', deleted, name, _clearing[key])
+        time.sleep(min(max(_clearing[key] / 10, 0.1), 60))
 
 
 def check_name(what: str, name: Any, forbidden: str = '\0') -> None:
@@ -398,7 +536,7 @@ def check_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ArgumentError(f'{name} must be a number, not {value!r}')
-        if name in ('size', 'batchsize', 'workers'):
+        if name in ('size', 'batchsize', 'workers', 'max_attempts', 'max_backlog'):
             most = store.MAX_BATCH if name == 'batchsize' else MAX_COUNT
             if not float(value).is_integer() or not 1 <= value <= most:
                 raise ArgumentError(f'{name} must be a whole number from 1 to {most:,}, not {value!r}')

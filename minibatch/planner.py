@@ -1,4 +1,4 @@
-"""The loop of a consumer group: plan, claim, dispatch, work, sink, commit, retain; see docs/architecture.rst.
+"""The loop of a consumer group: plan, claim, dispatch, settle, retain; see docs/architecture.rst.
 
 The order is what the guarantees rest on. A window is stored before it is dispatched, and a commit comes after the
 function and the sink; positions follow commits, and messages are deleted below positions. Whatever dies wherever,
@@ -11,11 +11,12 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
-from . import clock, ledger, store
+from . import clock, dead, ledger, store
 from .connection import using
+from .delivery import Delivery
 from .errors import LeaseLostError
 from .lease import Adoption, Lease
 from .marshaller import Portable
@@ -23,9 +24,10 @@ from .models import Buffer, Stream
 from .producer import new_id
 from .progress import Claim, Progress
 from .retention import Follower
+from .stall import StallWatch
 from .store import Span
 from .wakeup import listener
-from .worker import Outcome, Task, Work
+from .worker import Outcome, Task, Work, cause_of_loss
 
 if TYPE_CHECKING:
     from .consumer import Consumer
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 TICK = 0.1
 LOOK_PAUSES = 0.002, 1.0
+REPLAY_PAUSE = 1.0
 LOOK_PAUSE_UNTOLD = 0.05
 LOOK_PAUSE_BUSY = 0.05
 ADOPTION_PAUSE = 1.0
@@ -43,7 +46,6 @@ TASK_WINDOWS = 200
 TASK_MESSAGES = 20_000
 CLAIM_WINDOWS = 1000
 MAX_OPEN = 5000
-RETRY_PAUSES = 0.2, 30.0
 STOP_TIMEOUT = 30.0
 
 
@@ -56,14 +58,13 @@ class Planner:
         self.target = self.stream.target
         self.name, self.group, self.epoch = self.emitter.stream_name, self.emitter.group, taken.epoch
         self.progress = Progress(0, 1, {}, None)
-        self.follower = Follower(self.target, self.name, self.group, self.epoch, self.emitter.keep)
+        self.follower = Follower(self.target, self.name, self.group, taken, self.emitter.keep)
         self._adoption = Adoption(self.target, self.name, new_id)
         self._ends: dict[str, int] = {}
         self._begun: set[str] = set()  # producers whose next message is known to be stored
         self._in_flight: dict[int, Task] = {}
         self._dispatched: set[int] = set()
-        self._committed = 0
-        self._look_at = self._adopt_at = 0.0
+        self._look_at = self._adopt_at = self._replay_at = 0.0
         self._look_pause = LOOK_PAUSES[0]
         self._rested = 0.0
         self._listening = False
@@ -80,6 +81,7 @@ class Planner:
             stack.callback(self._drain)
             stack.callback(listener(self.target).remove, self)
             self._recover()
+            stack.enter_context(self._stall_watch())
             if self.emitter.source is not None:
                 stack.callback(self.stream.stop)
                 self._tend_source()
@@ -90,6 +92,16 @@ class Planner:
         self._ended_well = kind is None
         self._drains = kind is not None and issubclass(kind, Exception)
         self._on_exit.close()
+
+    def _stall_watch(self) -> StallWatch:
+        def report(seconds: float | None) -> None:
+            since = None if seconds is None else self.lease.now() - timedelta(seconds=seconds)
+            ledger.write_stalled(self.target.majority, self.name, self.group, self.epoch, since)
+
+        def look() -> tuple[int, int]:
+            return len(self.progress.open), self.delivery.finished
+
+        return StallWatch(self.emitter.name, self.emitter.stall_after, look, report)
 
     def _drain(self) -> None:
         """After an error, let tasks in flight come to their end: this process may soon do their windows again."""
@@ -131,7 +143,7 @@ class Planner:
                 if claim.suspect and claim.failures == 1 and number not in self._dispatched:
                     tried.discard(number)  # its worker died; once more, alone
         self._follow(wait=True)
-        return self._committed
+        return self.delivery.committed
 
     def _turn(self) -> bool:
         """One round of the loop; returns whether there was anything to do."""
@@ -183,14 +195,22 @@ class Planner:
         """Take over: fence off the predecessor, adopt its open windows, and go on from where it was."""
         db, doc = self.target.majority, self.lease.doc
         number = int(doc['number'])
+        if doc.get('sessions'):
+            ledger.end_sessions(db, self.name, self.group, self.epoch, doc['sessions'], doc['clean'])
+        if doc.get('deleted'):
+            ledger.clear_group(db, self.name, self.group, self.epoch, number)
+        if doc.get('reset'):
+            ledger.finish_reset(db, self.name, self.group, self.epoch, doc['reset'])
         following = ledger.next_number(db, self.name, self.group, number + 1)
         if not doc['clean']:
             following = ledger.fence(db, self.name, self.group, self.epoch, following, self.lease.now())
         windows = ledger.adopt_windows(db, self.name, self.group, self.epoch, number + 1, following)
         ledger.sweep_windows(db, self.name, self.group, number, self.lease.now())
-        positions = ledger.read_positions(db, self.name, self.group)
+        dead.sweep(db, self.name, self.group)
+        positions = ledger.read_positions(db, self.name, self.group) or self._first_positions()
         frontier = doc.get('frontier') and clock.aware(doc['frontier'])
         self.progress = Progress(number, following, positions, frontier)
+        self.delivery = Delivery(self.emitter, self.target, self.lease, self.progress, self.follower)
         known = {window['number'] for window in windows}
         for missing in range(number + 1, following):
             if missing not in known:
@@ -209,13 +229,25 @@ class Planner:
         self.log = LogView(self, max(ends, default=None))
         self.follower.resume(positions, ledger.read_cleaned(db, self.name, self.group))
 
+    def _first_positions(self) -> dict[str, int]:
+        """The first positions of a new group."""
+        db, positions = self.target.majority, {}
+        doc = self.lease.doc
+        if not doc.get('started'):
+            if self.emitter.start_at == 'latest' or doc.get('deleted'):  # whose zombie may still write its own
+                positions = ledger.offsets_at(db, self.name, self.emitter.start_at)
+                ledger.write_positions(db, self.name, self.group, self.epoch, positions)
+            ledger.start_group(db, self.name, self.group, self.epoch)
+        return positions
+
     def _claim_of(self, window: dict[str, Any], start: Any, end: Any) -> Claim:
         claim = Claim(
             window['_id'], window['number'], window['spans'], clock.aware(window['created']), start, end,
-            int(window.get('attempts', 1)),
+            int(window.get('attempts', 1)), replay=window['status'] == 'replay', tried=int(window.get('tried', 0)),
         )  # fmt: skip
         if self.emitter.picks:
-            docs = store.read_documents(self.target.majority, self.name, claim.spans)
+            db = self.target.majority
+            docs = dead.read(db, claim.id) if claim.replay else store.read_documents(db, self.name, claim.spans)
             claim.picked = [Buffer._from_son(doc) for doc in docs]
             claim.argument = self.emitter.prepare(claim.picked)
         return claim
@@ -235,11 +267,25 @@ class Planner:
                 planned = self.progress.planned.get(producer, 0)
                 first = store.first_kept(db, self.name, producer, planned) if planned < end else None
                 if first is not None:
-                    self._expired(self.progress.skip_to(producer, first))
+                    self._skip_to(producer, first)
+        self._take_replays()
         if len(self.progress.planned) > 2 * len(self._ends) + 100:
             self.progress.forget(self._ends)
             self._begun.intersection_update(self._ends)
         self._look_at = time.monotonic() + self._pause_after_look(news=self._ends != before)
+
+    def _skip_to(self, producer: str, first: int) -> None:
+        skipped = self.progress.skip_to(producer, first)
+        if skipped:
+            self.delivery.expired(skipped)
+
+    def _take_replays(self) -> None:
+        if time.monotonic() < self._replay_at:
+            return
+        self._replay_at = time.monotonic() + REPLAY_PAUSE
+        for window in dead.take_replays(self.target.majority, self.name, self.group, self.epoch):
+            start, end = (window.get(key) and clock.aware(window[key]) for key in ('start', 'end'))
+            self.progress.claim(self._claim_of(window, start, end))
 
     def _pause_after_look(self, news: bool) -> float:
         """Short while messages come, growing while none do, up to what the change stream allows."""
@@ -257,7 +303,8 @@ class Planner:
         wanted = min(self.consumer.at_once * per_task, CLAIM_WINDOWS)
         failing = sum(1 for claim in self.progress.open.values() if claim.not_before)
         limit = min(
-            wanted - (len(self.progress.open) - len(self._dispatched) - failing), MAX_OPEN - len(self.progress.open)
+            wanted - (len(self.progress.open) - len(self._dispatched) - len(self.delivery.held) - failing),
+            MAX_OPEN - len(self.progress.open),
         )
         if self.emitter.picks:
             plans = self._picked() if not self.progress.open else []
@@ -318,11 +365,14 @@ class Planner:
     def _dispatch(self, tried: set[int] | None = None) -> bool:
         """Give open windows to the executor, in order, several small ones in a task; in flight is bounded."""
         now = time.monotonic()
+        busy = self._dispatched | self.delivery.held.keys() | (tried or set())
         ready = [
             claim
             for number, claim in sorted(self.progress.open.items())
-            if number not in self._dispatched and claim.not_before <= now and (tried is None or number not in tried)
+            if number not in busy and claim.not_before <= now
         ]
+        if self.emitter.ordered:
+            ready = self.delivery.in_order(ready, len(self._dispatched))
         suspects = [claim for claim in ready if claim.suspect]
         if suspects and not self._in_flight:
             self._alone = suspects[0]
@@ -363,12 +413,11 @@ class Planner:
         works = [
             Work(
                 claim.id, claim.number, claim.created, claim.start, claim.end, claim.attempts, claim.spans,
-                claim.argument, self.emitter.picks,
+                claim.argument, self.emitter.picks, claim.replay,
             )
             for claim in claims
         ]  # fmt: skip
-        returns = self.emitter.forwardfn is not None or self.emitter.overrides('forward')
-        task = Task(self.target, self.name, self.consumer._fn, works, returns)
+        task = Task(self.target, self.name, self.consumer._fn, works, self.emitter.forwards, self.consumer.limit)
         if self.emitter.overrides('emit'):
             task.fn = Portable(self.emitter.emit)
             self.consumer.wake((task, _Done(task())))
@@ -378,96 +427,46 @@ class Planner:
         self._in_flight[id(task)] = task
         self._dispatched.update(claim.number for claim in claims)
 
-    # --- sink and commit
+    # --- settle
 
     def _collect(self) -> bool:
-        """Take the outcomes of finished tasks through sink and commit."""
-        committed: list[Claim] = []
-        failed: dict[int, Outcome] = {}
+        """Take the outcomes of finished tasks to where they belong; returns whether there were any."""
         # All at once: what is not looked at because of an error on the way is no longer in flight either.
         finished = [item for item in self.consumer.finished_tasks() if self._in_flight.pop(id(item[0]), None)]
-        for task, completion in finished:
-            outcomes, self._alone = self._outcomes(task, completion), None
-            for outcome in outcomes:
-                self._dispatched.discard(outcome.number)
-                claim = self.progress.open[outcome.number]
-                if not outcome.error and (outcome.skipped or self._forward(claim, outcome)):
-                    committed.append(claim)
-                    if outcome.missing:
-                        self._expired(outcome.missing)
-                        self._begun.difference_update(span.producer for span in claim.spans)
-                    continue
-                failed[outcome.number] = outcome
-        if committed:
-            self._commit(committed)
-        if failed:
-            self._retry(failed)
-        return bool(committed or failed)
+        outcomes = [outcome for task, completion in finished for outcome in self._outcomes(task, completion)]
+        for outcome in outcomes:
+            self._dispatched.discard(outcome.number)
+            if outcome.missing:
+                self._begun.difference_update(span.producer for span in self.progress.open[outcome.number].spans)
+        return self.delivery.settle(outcomes) or bool(outcomes)
 
     def _outcomes(self, task: Task, completion: Any) -> list[Outcome]:
+        alone, self._alone = self._alone is not None, None
         try:
             outcomes: list[Outcome] = completion.result()
-        except Exception as exc:  # the worker died, or the executor failed; no function is to blame
-            for work in task.works:
-                self.progress.open[work.number].suspect = True
-            error = f'{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ""}'
-            return [Outcome(work.number, error=error, by_function=self._alone is not None) for work in task.works]
+        except Exception as exc:  # the worker died, or the executor failed
+            return self._lost(task, exc, alone)
         seconds = sum(outcome.seconds for outcome in outcomes) / len(outcomes)
         known = self.consumer._seconds_per_window
         self.consumer._seconds_per_window = seconds if known is None else 0.7 * known + 0.3 * seconds
         return outcomes
 
-    def _forward(self, claim: Claim, outcome: Outcome) -> bool:
-        """Give a result to the sink; a sink that fails makes the window a failed one."""
-        if not self.lease.valid:
-            raise LeaseLostError
-        try:
-            if self.emitter.forwardfn is not None or self.emitter.overrides('forward'):
-                self.emitter.forward(outcome.value)
-            return True
-        except Exception as exc:
-            logger.debug('sink failed', exc_info=True)
-            outcome.error, outcome.by_function = f'sink: {type(exc).__name__}: {exc}', True
-            return False
-
-    def _commit(self, claims: list[Claim]) -> None:
-        ledger.commit_windows(self.target.majority, [claim.id for claim in claims], self.epoch)
-        for claim in claims:
-            if self.emitter.picks:
-                self.emitter.commit(claim.picked, claim.argument)
-                self.emitter.timestamp(claim.query_args)
-            self.progress.finished(claim.number)
-            self.follower.count(windows=1, messages=claim.n)
-        self._committed += len(claims)
-
-    def _retry(self, failed: dict[int, Outcome]) -> None:
-        """Windows that failed stay open, and are tried again after a pause that grows."""
-        errors = {}
-        for number, outcome in failed.items():
-            claim = self.progress.open[number]
-            shortest, longest = RETRY_PAUSES
-            pause = min(shortest * 2 ** min(claim.failures, 20), longest)
-            if claim.suspect and not claim.failures:
-                pause = 0.0  # to be run alone, at once
-            claim.failures += 1
-            claim.not_before = time.monotonic() + pause
-            trace = f'\n{outcome.traceback}' if outcome.traceback else ''
-            logger.error(
-                'window %s failed (attempt %d), next attempt in %.1f s: %s%s',
-                claim.id, claim.attempts, pause, outcome.error, trace,
-            )  # fmt: skip
-            if outcome.by_function:
-                claim.attempts += 1
-                errors[claim.id] = outcome.error
-            if self.emitter.picks:
-                self.emitter.undo(claim.picked, claim.argument)
-        if errors:
-            ledger.retry_windows(self.target.majority, errors, self.epoch)
-
-    def _expired(self, count: int) -> None:
-        if count:
-            logger.warning('%s: %d messages had expired before they were processed', self.consumer, count)
-            self.follower.count(expired_unprocessed=count)
+    def _lost(self, task: Task, exc: Exception, alone: bool) -> list[Outcome]:
+        """The windows of a worker that died: one that took too long is to blame, else one that ran alone."""
+        limit = self.consumer.limit
+        exceeded = limit.exceeded() if limit is not None else {}
+        error, outcomes = cause_of_loss(exc), []
+        for work in task.works:
+            if limit is not None and work.number in exceeded:
+                late = f'TimeoutError: the function did not return within timeout={limit.seconds:g} s'
+                outcomes.append(Outcome(work.number, error=late, traceback=exceeded[work.number], by_function=True))
+                continue
+            self.progress.open[work.number].suspect = not exceeded
+            outcomes.append(Outcome(work.number, error=error, by_function=alone, lost=True))
+        if not alone:
+            logger.warning('%s: a worker was lost with %d windows, which are run again: %s', self.emitter.name,
+                           len(task.works), error)  # fmt: skip
+        return outcomes
 
     # --- retain
 

@@ -3,6 +3,8 @@
 A producer has its own offsets 0, 1, 2 ... and exactly one ordered insert in flight. Threads queue what they append,
 and the next insert carries all that is queued (group commit). After an unclear result (a lost connection) the
 producer stays at that insert, same documents, until it is resolved, so that nothing is lost and nothing doubled.
+
+What a caller was told stays queued is never dropped: it stays at the head of the queue, and nothing passes it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, NamedTuple
 
 import bson
 from bson.binary import UuidRepresentation
@@ -26,8 +28,9 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.errors import BulkWriteError, PyMongoError
 
 from . import clock, store
+from .backlog import TIMEOUT, Limits, Room, count_backlog
 from .connection import Target, is_passing, masked
-from .errors import DataError, ServerError, UnconfirmedError
+from .errors import BacklogFullError, DataError, ServerError, UnconfirmedError
 
 logger = logging.getLogger(__name__)
 
@@ -38,27 +41,48 @@ CHECKED_BYTES = 64 << 20
 MAX_MESSAGE_BYTES = (16 << 20) - 4096
 MAX_DEPTH = 170
 CODEC: Any = bson.CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
-CONFIRM_TIMEOUT = 60.0
-RETRY_PAUSE = 0.1
+RETRY_PAUSES = (0.1, 1.0)
+ROOM_PAUSES = (0.05, 0.5)
+UNLIMITED = Limits()
 
 _registry: dict[tuple[Target, str], Producer] = {}
 _registry_lock = threading.Lock()
+
+
+class Failure(NamedTuple):
+    """Why messages are not stored."""
+
+    kind: type[ServerError]
+    reason: str
+
+    def error(self, written: int, queued: int) -> ServerError:
+        """The error for one caller, which says what became of its messages."""
+        said = [f'the first {written:,} messages of this call are stored'] if written else []
+        if queued:
+            said.append(f'{queued:,} stay queued and are sent again first; flush() waits for them')
+        error = self.kind('. '.join([self.reason, *(said or ['Nothing of this call was written'])]))
+        error.written, error.queued = written, queued
+        return error
 
 
 class Entry:
     """Messages of one call, on their way."""
 
     def __init__(
-        self, datas: list[bytes], times: list[datetime], meta: list[RawBSONDocument | None], stays: bool
+        self, datas: list[bytes], times: list[datetime], meta: list[RawBSONDocument | None], stays: bool = False
     ) -> None:
         self.datas, self.times, self.meta = datas, times, meta
-        self.stays = stays  # whether it stays queued after a failure: its caller has already returned
+        self.stays = stays  # whether it stays queued after a failure: its caller has returned, or was told so
         self.written = 0
-        self.error: Exception | None = None
+        self.failure: Failure | None = None
+
+    @property
+    def left(self) -> int:
+        return len(self.datas) - self.written
 
     @property
     def settled(self) -> bool:
-        return self.error is not None or self.written == len(self.datas)
+        return self.failure is not None or not self.left
 
 
 class Producer:
@@ -76,14 +100,20 @@ class Producer:
         self._partial: Entry | None = None
         self._partial_due = 0.0
         self._lingering = False
+        self._room = Room(self._count_backlog)
 
-    def append(self, data: Any, meta: Any = None) -> None:
+    def append(self, data: Any, meta: Any = None, limits: Limits = UNLIMITED) -> None:
         """Append one message and return when it is acknowledged."""
-        self._deliver(Entry([encode(data)], [clock.now()], [encode_meta(meta)], stays=False))
+        raw, frozen = encode(data), encode_meta(meta)
+        self._take_room(1, limits)
+        self._deliver(Entry([raw], [clock.now()], [frozen]), limits.timeout)
 
-    def append_later(self, data: Any, meta: Any, batchsize: int, linger: float) -> None:
+    def append_later(
+        self, data: Any, meta: Any, batchsize: int, linger: float, limits: Limits = UNLIMITED
+    ) -> None:
         """Append one message to the record batch being filled; write that when full, or after `linger` seconds."""
-        raw, frozen, created = encode(data), encode_meta(meta), clock.now()
+        raw, frozen = encode(data), encode_meta(meta)
+        self._take_room(1, limits)
         with self._condition:
             partial = self._partial
             if partial is None:
@@ -91,55 +121,88 @@ class Producer:
                 self._partial_due = time.monotonic() + linger
                 self._watch_linger()
             partial.datas.append(raw)
-            partial.times.append(created)
+            partial.times.append(clock.now())
             partial.meta.append(frozen)
             full = len(partial.datas) >= batchsize
-        if full:
-            self.flush()
+        if full and (failure := self._flush(limits.timeout)):
+            raise failure.error(written=0, queued=1)
 
-    def append_many(self, items: Iterable[Any]) -> int:
+    def append_many(self, items: Iterable[Any], limits: Limits = UNLIMITED) -> int:
         """Append messages as record batches; returns how many when all are acknowledged."""
         written = 0
         for datas in _checked(items):
-            now = clock.now()
-            entry = Entry(datas, [now] * len(datas), [None] * len(datas), stays=False)
-            try:
-                self._deliver(entry)
-            finally:
-                written += entry.written
+            start = 0
+            while start < len(datas):
+                wanted = len(datas) if limits.max_backlog is None else min(RECORD_MESSAGES, len(datas) - start)
+                part = datas[start : start + self._take_room(wanted, limits, written)]
+                entry = Entry(part, [clock.now()] * len(part), [None] * len(part))
+                self._deliver(entry, limits.timeout, written)
+                start, written = start + len(part), written + len(part)
         return written
 
-    def flush(self) -> None:
+    def flush(self, timeout: float = TIMEOUT) -> None:
         """Write all that is queued, and return when it is acknowledged."""
+        failure = self._flush(timeout)
+        queued = self._count_unwritten() if failure else 0
+        if failure and queued:  # else it was of an append that says so itself
+            raise failure.error(written=0, queued=queued)
+
+    def _flush(self, timeout: float) -> Failure | None:
         with self._condition:
             self._seal_partial()
-            unwritten = [*self._entries_in_flight(), *self._queue]
+            unwritten = self._unwritten()
             for entry in unwritten:
-                entry.error = None
-        if unwritten:
-            self._await(unwritten[-1])
+                entry.failure = None
+        return self._await(unwritten[-1], timeout) if unwritten else None
 
-    def _deliver(self, entry: Entry) -> None:
+    def _take_room(self, wanted: int, limits: Limits, written: int = 0) -> int:
+        """Take room for 1 to `wanted` messages, or raise `BacklogFullError`; `written` is for the error."""
+        deadline = time.monotonic() + limits.timeout
+        pause, longest = ROOM_PAUSES
+        while not (taken := self._room.take(wanted, limits)):
+            # A consumer that waits for what is not written yet would wait for ever.
+            if self._partial is not None and (failure := self._flush(limits.timeout)):
+                raise failure.error(written, queued=0)
+            left = deadline - time.monotonic()
+            if limits.on_full == 'raise' or left <= 0:
+                raise Failure(BacklogFullError, self._room.describe(self.stream, limits)).error(written, queued=0)
+            time.sleep(min(pause, left))
+            pause = min(pause * 1.5, longest)
+        return taken
+
+    def _count_backlog(self, enough: int) -> int:
+        unwritten = self._count_unwritten()
+        return unwritten + count_backlog(self.target.majority, self.stream, enough)
+
+    def _count_unwritten(self) -> int:
+        with self._condition:
+            partial = [self._partial] if self._partial is not None else []
+            return sum(entry.left for entry in [*self._unwritten(), *partial])
+
+    def _deliver(self, entry: Entry, timeout: float, before: int = 0) -> None:
+        """Return when `entry` is acknowledged; `before` messages of the same call are stored."""
         with self._condition:
             self._seal_partial()
             self._queue.append(entry)
-        self._await(entry)
+        if failure := self._await(entry, timeout):
+            written = entry.written  # once: another thread may write the rest at this moment
+            raise failure.error(before + written, len(entry.datas) - written if entry.stays else 0)
 
     def _seal_partial(self) -> None:
         if self._partial is not None:
             self._queue.append(self._partial)
             self._partial = None
 
-    def _await(self, entry: Entry) -> None:
-        """Return when `entry` is acknowledged: written by another thread, or else by this one."""
-        deadline = time.monotonic() + CONFIRM_TIMEOUT
+    def _await(self, entry: Entry, timeout: float) -> Failure | None:
+        """Return when `entry` is acknowledged, written by another thread or else by this one, or why it is not."""
+        deadline = time.monotonic() + timeout
         while True:
             with self._condition:
                 while self._writing and not entry.settled:
-                    self._condition.wait()
+                    if not self._condition.wait(deadline - time.monotonic()) and not entry.settled:
+                        self._give_up(entry, 'it waited for an append before it')
                 if entry.settled:
-                    error = entry.error  # under the lock: flush() resets it to try again
-                    break
+                    return entry.failure  # under the lock: flush() resets it to try again
                 self._writing = True
             try:
                 self._write(entry, deadline)
@@ -147,8 +210,6 @@ class Producer:
                 with self._condition:
                     self._writing = False
                     self._condition.notify_all()
-        if error is not None:
-            raise error
 
     def _write(self, entry: Entry, deadline: float) -> None:
         """Insert what is in flight, or else the next of the queue; tell each entry what became of it."""
@@ -160,7 +221,8 @@ class Producer:
         except PyMongoError as exc:
             # After an unclear attempt, also what is refused now may be stored.
             if is_passing(exc) or self._unclear:
-                self._give_up(entry, _reason(exc))
+                with self._condition:
+                    self._give_up(entry, _reason(exc))
             else:
                 self._refuse(_reason(exc), all_in_flight=True)
             return
@@ -173,13 +235,12 @@ class Producer:
         records: list[Any] = [record for _, record, _ in self._in_flight]
         if self.target.is_mock:
             records = [bson.decode(record.raw) for record in records]
+        pause, longest = RETRY_PAUSES
         while True:
             try:
                 written, refusal = store.insert_records(buffer, records)
-                if not (refusal and self._unclear):
-                    return written, refusal
                 # An earlier attempt may have stored what is refused now.
-                if store.is_stored(buffer, records[written]):
+                if refusal and self._unclear and store.is_stored(buffer, records[written]):
                     return written + 1, ''
                 return written, refusal
             except PyMongoError as exc:
@@ -187,7 +248,8 @@ class Producer:
                 if not is_passing(exc) or time.monotonic() > deadline:
                     raise
                 logger.warning('append to %r not confirmed, trying again: %s', self.stream, _reason(exc))
-                time.sleep(RETRY_PAUSE)
+                time.sleep(max(min(pause, deadline - time.monotonic()), 0))
+                pause = min(pause * 1.5, longest)
 
     def _cut_records(self) -> list[tuple[Entry, RawBSONDocument, int]]:
         """Take entries off the queue, as many as one insert should carry, and give them their offsets."""
@@ -221,30 +283,34 @@ class Producer:
     def _refuse(self, reason: str, all_in_flight: bool) -> None:
         """What is left in flight is certainly not in MongoDB, and the server will not have the first of it."""
         with self._condition:
-            waiting = [*self._entries_in_flight(), *self._queue]
-            refused = self._entries_in_flight() if all_in_flight else waiting[:1]
-            if any(entry.stays for entry in refused):
+            in_flight, waiting = self._entries_in_flight(), self._unwritten()
+            refused = in_flight if all_in_flight else waiting[:1]
+            # What stays keeps its offsets while a copy of it may come late.
+            held = in_flight if self._unclear and any(entry.stays for entry in in_flight) else []
+            if held or any(entry.stays for entry in refused):
                 refused = waiting  # nothing can pass what stays at the head of the queue
             for entry in refused:
-                stored = f'; the first {entry.written} messages of this call are stored' if entry.written else ''
-                entry.error = ServerError(f'MongoDB refused the append: {reason}{stored}')
-            self._queue = deque(entry for entry in waiting if entry.stays or entry not in refused)
-            self._in_flight = []
-            if self._unclear:
-                self._unclear, self._offset, self.id = False, 0, new_id()  # a late copy shall not be in the way
+                entry.failure = Failure(ServerError, f'MongoDB refused the append: {reason}')
+            for entry in held:
+                entry.stays = True
+            self._queue = deque(e for e in waiting if e not in held and (e.stays or e not in refused))
+            if not held:
+                self._in_flight = []
+                if self._unclear:
+                    self._unclear, self._offset, self.id = False, 0, new_id()  # a late copy shall not be in the way
 
     def _give_up(self, entry: Entry, why: str) -> None:
-        """The server does not say what became of what is in flight: that stays there, to be sent again."""
-        reason = f'{masked(self.target.url)} did not confirm an append within {CONFIRM_TIMEOUT:g} s ({why})'
-        with self._condition:
-            for waiting in self._entries_in_flight():
-                waiting.error = UnconfirmedError(
-                    f'{reason}. It stays queued and is sent again before the next one; flush() waits for it.'
-                )
-            if entry in self._queue:
-                entry.error = UnconfirmedError(f'{reason}. Nothing of this call was written.')
-                if not entry.stays:
-                    self._queue.remove(entry)
+        """Its time is over. If it is in flight, it may be stored, or be stored later: it stays there."""
+        if entry in self._queue and not entry.stays:
+            self._queue.remove(entry)
+        else:
+            entry.stays = True
+        entry.failure = Failure(
+            UnconfirmedError, f'{masked(self.target.url)} did not confirm an append in time ({why})'
+        )
+
+    def _unwritten(self) -> list[Entry]:
+        return [*self._entries_in_flight(), *self._queue]
 
     def _entries_in_flight(self) -> list[Entry]:
         return list({id(entry): entry for entry, _, _ in self._in_flight}.values())
@@ -347,7 +413,9 @@ def _checked(items: Iterable[Any]) -> Iterator[list[bytes]]:
             datas.append(encode(item))
         except DataError as exc:
             so_far = f'; items[:{done}] are stored' if done else ''
-            raise DataError(f'items[{i}]: {exc}{so_far}') from None
+            wrong = DataError(f'items[{i}]: {exc}{so_far}')
+            wrong.written = done
+            raise wrong from None
         size += len(datas[-1])
         if size > CHECKED_BYTES:
             yield datas

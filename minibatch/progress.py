@@ -24,6 +24,9 @@ class Claim:
     not_before: float = 0.0
     failures: int = 0
     suspect: bool = False  # it was in the hands of a worker that died
+    replay: bool = False  # it was a dead letter
+    tried: int = 0  # attempts before the replay
+    committed: bool = False  # its sink has committed it, with its results
     picked: list[Any] = field(default_factory=list)
     query_args: Any = ()
     argument: Any = None
@@ -54,12 +57,16 @@ class Progress:
     def claim(self, claim: Claim) -> None:
         """A window was planned, or was found open at the start."""
         self.open[claim.number] = claim
+        if claim.replay:
+            return  # the position has passed it long ago
         self.next_number = max(self.next_number, claim.number + 1)
         self._plan(claim.spans)
 
     def finished(self, number: int, spans: Iterable[Span] = (), end: datetime | None = None) -> None:
         """A window was committed, now or earlier, or its number was never used."""
         claim = self.open.pop(number, None)
+        if claim is not None and claim.replay:
+            return
         self._plan(spans)
         self._finished[number] = claim.end if claim is not None else end
         while self.number + 1 in self._finished:
@@ -77,7 +84,7 @@ class Progress:
     def moved(self) -> dict[str, int]:
         """The positions that are no longer as `written` says: below them everything is finished."""
         positions = dict(self.planned)
-        for claim in self.open.values():
+        for claim in self._in_turn():
             for span in claim.spans:
                 positions[span.producer] = min(positions[span.producer], span.start)
         return {producer: at for producer, at in positions.items() if self._written.get(producer, 0) < at}
@@ -88,10 +95,13 @@ class Progress:
 
     def forget(self, alive: Iterable[str]) -> None:
         """Drop producers that have no messages and no open window."""
-        needed = {*alive, *(span.producer for claim in self.open.values() for span in claim.spans)}
+        needed = {*alive, *(span.producer for claim in self._in_turn() for span in claim.spans)}
         done = [p for p, at in self.planned.items() if p not in needed and self._written.get(p) == at]
         for producer in done:
             del self.planned[producer], self._written[producer]
+
+    def _in_turn(self) -> list[Claim]:
+        return [claim for claim in self.open.values() if not claim.replay]
 
     def _plan(self, spans: Iterable[Span]) -> None:
         for span in spans:

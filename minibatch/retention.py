@@ -7,13 +7,14 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from pymongo.errors import PyMongoError
 
-from . import clock, ledger, store
+from . import dead, ledger, store
 from .connection import Target
+from .lease import Lease
 from .store import Span
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 PAUSE = 0.1
 READ_MARK_PAUSE = 1.0
 PRUNE_PAUSE = 600.0
+TRIM_PAUSE = 60.0
+DEAD_KEPT = timedelta(days=30)
+MAX_DEAD = 10_000
 
 
 class Follower:
@@ -30,8 +34,9 @@ class Follower:
     deleted, or marked as processed where they are kept. A crash in between leaves something to delete, no more.
     """
 
-    def __init__(self, target: Target, stream: str, group: str, epoch: int, keep: bool) -> None:
-        self._target, self._stream, self._group, self._epoch, self._keep = target, stream, group, epoch, keep
+    def __init__(self, target: Target, stream: str, group: str, taken: Lease, keep: bool) -> None:
+        self._target, self._stream, self._group, self._keep = target, stream, group, keep
+        self._epoch, self._now = taken.epoch, taken.now
         self._changed = threading.Condition()
         self._moved: dict[str, int] = {}
         self._number = self._written_number = self._deleted_number = 0
@@ -43,7 +48,8 @@ class Follower:
         self._busy = self._closed = False
         self._error: Exception | None = None
         self._last = self._read_marked = 0.0
-        self._pruned = -PRUNE_PAUSE
+        self._pruned = self._trimmed = self._looked_for_expired = -PRUNE_PAUSE
+        self._expired: set[str] = set()
         self._thread: threading.Thread | None = None
 
     def resume(self, positions: dict[str, int], cleaned: dict[str, int]) -> None:
@@ -140,6 +146,8 @@ class Follower:
             ledger.delete_windows(db, self._stream, self._group, self._deleted_number + 1, number + 1)
             self._deleted_number = number
         self._forget_idle_producers()
+        self._trim_dead()
+        self._warn_of_expired_groups()
         limits, keep = ledger.released(db, self._stream, self._group, self._positions)
         clean = store.mark_processed if keep else store.delete_records
         for producer, upto in limits.items():
@@ -148,7 +156,7 @@ class Follower:
                 self._cleaned[producer] = clean(db, self._stream, Span(producer, cleaned, upto))
                 self._newly_cleaned[producer] = self._cleaned[producer]
         if time.monotonic() - self._read_marked > READ_MARK_PAUSE:
-            store.touch_stream(db, self._stream, clock.now())
+            store.touch_stream(db, self._stream, self._now())
             self._note_cleaned()
             self._read_marked = time.monotonic()
 
@@ -156,12 +164,31 @@ class Follower:
         ledger.write_cleaned(self._target.majority, self._stream, self._group, self._newly_cleaned)
         self._newly_cleaned = {}
 
+    def _warn_of_expired_groups(self) -> None:
+        if time.monotonic() - self._looked_for_expired < TRIM_PAUSE:
+            return
+        self._looked_for_expired = time.monotonic()
+        expired = set(ledger.expired_groups(self._target.majority, self._stream))
+        new, self._expired = expired - self._expired, expired
+        for id_ in sorted(new):
+            logger.warning('group %s has not been run for group_expiry: messages no longer wait for it', id_)
+
+    def _trim_dead(self) -> None:
+        if time.monotonic() - self._trimmed < TRIM_PAUSE:
+            return
+        self._trimmed = time.monotonic()
+        before = self._now() - DEAD_KEPT
+        trimmed = dead.trim(self._target.majority, self._stream, self._group, before, MAX_DEAD)
+        if trimmed:
+            logger.warning('%s/%s: %d dead letters were older than %d days, or more than %d, and are gone',
+                           self._stream, self._group, trimmed, DEAD_KEPT.days, MAX_DEAD)  # fmt: skip
+
     def _forget_idle_producers(self) -> None:
         if time.monotonic() - self._pruned < PRUNE_PAUSE:
             return
         self._pruned = time.monotonic()
         alive = store.log_ends(self._target.majority, self._stream)
-        ledger.prune_positions(self._target.majority, self._stream, self._group, alive, clock.now())
+        ledger.prune_positions(self._target.majority, self._stream, self._group, alive, self._now())
         self._positions = {producer: at for producer, at in self._positions.items() if producer in alive}
         # What a repeated insert has brought back behind us is found from the start again.
         self._cleaned = {p: at for p, at in self._cleaned.items() if p in alive and (self._keep or at < alive[p])}

@@ -2,7 +2,8 @@
 
 Collections (see docs/architecture.rst for why):
 
-``stream``    {name, status, created, closed, interval, last_read, format, batchsize, linger, max_age}
+``stream``    {name, status, created, closed, interval, last_read, format, batchsize, linger, max_age, group_expiry,
+              max_backlog, on_full}
 ``buffer``    a record batch: {_id, stream, producer, offset, n, created, processed}, and
 
               - ``data`` when n is 1, else ``batch`` with n documents
@@ -29,6 +30,8 @@ from pymongo.collection import Collection
 from pymongo.database import Database
 from pymongo.errors import AutoReconnect, BulkWriteError, DuplicateKeyError
 from pymongo.read_concern import ReadConcern
+
+from .connection import is_passing
 
 FORMAT = 1
 MAX_BATCH = 10_000
@@ -61,6 +64,11 @@ def ensure_indexes(db: DB) -> None:
     db.buffer.create_index(
         [('stream', 1), ('processed', 1)], name='without_offset', partialFilterExpression={'offset': None}
     )
+    db.window.create_index(
+        [('stream', 1), ('group', 1), ('number', 1)],
+        name='dead',
+        partialFilterExpression={'failed': {'$exists': True}},
+    )
 
 
 def open_stream(db: DB, name: str, options: Doc, now: datetime) -> Doc:
@@ -76,13 +84,24 @@ def open_stream(db: DB, name: str, options: Doc, now: datetime) -> Doc:
     return doc
 
 
+def find_stream(db: DB, name: str) -> Doc:
+    """The document of a stream, empty if there is none."""
+    return db.stream.find_one({'name': name}) or {}
+
+
+def stream_names(db: DB, limit: int) -> list[str]:
+    """The names of at most `limit` streams, in the order of the alphabet."""
+    return [doc['name'] for doc in db.stream.find({}, {'name': 1}).sort('name', 1).limit(limit)]
+
+
 def clear_stream(db: DB, name: str) -> int:
-    """Delete the messages and windows of a stream; positions and numbers go on. Returns the messages deleted."""
+    """Delete messages, windows and dead letters of a stream; positions and numbers go on. Returns how many messages."""
     deleted = count_messages(db, name)
     for part in _indexed(name):
         db.buffer.delete_many(part)
     db.window.delete_many({'stream': name})
     db.window_spans.delete_many({'stream': name})
+    db.dead.delete_many({**id_prefix(f'{name}/'), 'stream': name})
     return deleted
 
 
@@ -137,6 +156,9 @@ def insert_records(buffer: Collection[Any], records: list[Any]) -> tuple[int, st
 
     Returns:
         How many of them are stored for certain, and why the server refused the next one, or ''.
+
+    Raises:
+        PyMongoError: if that is not certain, or a matter of time, such as a full disk.
     """
     done = 0
     while done < len(records):
@@ -144,7 +166,7 @@ def insert_records(buffer: Collection[Any], records: list[Any]) -> tuple[int, st
             buffer.insert_many(records[done:])
             return len(records), ''
         except BulkWriteError as exc:
-            if not exc.details['writeErrors']:
+            if is_passing(exc):  # then also what stands before the one that failed may not last
                 raise
             error = exc.details['writeErrors'][0]
             done += error['index']
@@ -226,6 +248,23 @@ def log_ends(db: DB, stream: str) -> dict[str, int]:
     return dict(sorted((doc['_id'], int(doc['offset']) + int(doc['n'])) for doc in found))
 
 
+def log_starts(db: DB, stream: str) -> dict[str, int]:
+    """For each producer with records: the first offset stored. One step of the index per producer."""
+    first: list[Doc] = [
+        {'$match': {'stream': stream, 'offset': {'$gte': 0}}},
+        {'$sort': {'producer': 1, 'offset': 1}},
+        {'$group': {'_id': '$producer', 'offset': {'$first': '$offset'}}},
+    ]
+    return {doc['_id']: int(doc['offset']) for doc in db.buffer.aggregate(first, batchSize=10_000)}
+
+
+def count_unprocessed(db: DB, stream: str) -> int:
+    """How many messages are not marked as processed; reads every record batch."""
+    unread = {'stream': stream, 'offset': {'$gte': 0}, 'processed': {'$ne': True}}
+    total: Doc = {'$group': {'_id': None, 'n': {'$sum': '$n'}}}
+    return sum(int(doc['n']) for doc in db.buffer.aggregate([{'$match': unread}, total]))
+
+
 def first_kept(db: DB, stream: str, producer: str, offset: int) -> int | None:
     """The first offset from `offset` on whose message is still stored."""
     doc = db.buffer.find_one(
@@ -270,6 +309,17 @@ def read_documents(db: DB, stream: str, spans: Iterable[Span]) -> list[Doc]:
 def times_of(record: Doc) -> list[datetime]:
     """The creation time of each message of a record batch."""
     return record.get('times') or [record['created']] * int(record.get('n', 1))
+
+
+def trim(span: Span, records: Iterable[Doc]) -> Iterator[tuple[Doc, int, int]]:
+    """(record batch, first, end) of the messages of a span, each once although record batches may overlap."""
+    next_offset = span.start
+    for record in records:
+        offset = int(record['offset'])
+        first, end = max(next_offset - offset, 0), min(int(record['n']), span.end - offset)
+        if first < end:
+            yield record, first, end
+            next_offset = offset + end
 
 
 def _log_range(stream: str, span: Span) -> Doc:
@@ -318,6 +368,12 @@ def delete_older(db: DB, stream: str, before: datetime) -> int:
         deleted += upto - start
     old = {'stream': stream, 'offset': None, 'created': {'$lt': before}}
     return deleted + db.buffer.delete_many(old).deleted_count
+
+
+def server_time(db: DB) -> datetime:
+    """The time of the server."""
+    now: datetime = db.command('hello')['localTime']
+    return now
 
 
 def touch_stream(db: DB, stream: str, now: datetime) -> None:

@@ -95,6 +95,15 @@ class WindowEmitter:
         group: the consumer group.
         keep: whether messages and windows stay stored after they were processed.
         lease: seconds after which another consumer of the group takes over when this one is silent.
+        max_attempts: how often a window is tried before it is a dead letter.
+        timeout: seconds the function may take for a window; then its worker process is ended and replaced.
+        on_error: what happens after the last attempt: 'continue', with the window as a dead letter, or 'stop', with
+            a `WindowFailedError`, and the window still open.
+        ordered: call the sink in the order of the windows. One that fails holds those after it up.
+        start: where a new group starts: 'earliest', with the oldest message that is stored, or 'latest', with what is
+            appended from now on.
+        stall_after: seconds after which a warning says that windows wait and none is finished.
+        sink: takes the results, see `minibatch.abc.Sink`; instead of `forwardfn`.
         source: attached to the stream while this consumer has the lease.
         cnx_kwargs: further options of `pymongo.MongoClient`.
     """
@@ -119,23 +128,44 @@ class WindowEmitter:
         group: str = 'default',
         keep: bool = False,
         lease: float = 10.0,
+        max_attempts: int = 5,
+        timeout: float | None = None,
+        on_error: str = 'continue',
+        ordered: bool = False,
+        start: str = 'earliest',
+        stall_after: float = 60.0,
+        sink: Any = None,
         source: Any = None,
         cnx_kwargs: dict[str, Any] | None = None,
     ) -> None:
         check_name('the name of a stream', stream_name)
         check_name('group', group, forbidden='\0/')
-        numbers = {'size': size, 'interval': interval, 'workers': max_workers, 'lease': lease}
+        numbers = {
+            'size': size, 'interval': interval, 'workers': max_workers, 'lease': lease, 'max_attempts': max_attempts,
+            'timeout': timeout, 'stall_after': stall_after,
+        }  # fmt: skip
         check_options({name: value for name, value in numbers.items() if value is not None})
+        _check_choice('on_error', on_error, 'continue', 'stop')
+        _check_choice('start', start, 'earliest', 'latest')
+        if start == 'latest' and self.picks:
+            raise ArgumentError(f"start='latest' is a position, and {type(self).__name__} picks messages itself")
+        if sink is not None and forwardfn is not None:
+            raise ArgumentError('sink and forwardfn are the same; give one of them')
         for name, fn in {'emitfn': emitfn, 'processfn': processfn, 'forwardfn': forwardfn}.items():
             if fn is not None and not callable(fn):
                 raise ArgumentError(f'{name} must be callable, not {fn!r}')
         if executor is not None and not callable(getattr(executor, 'submit', None)):
             raise ArgumentError(f'executor must have a method submit(fn); {executor!r} has not')
+        if timeout is not None and executor is not None:
+            raise ArgumentError('timeout ends worker processes of the default executor; with executor= there are none')
         if cnx_kwargs is not None and not isinstance(cnx_kwargs, dict):
             raise ArgumentError(f'cnx_kwargs must be a dict of options of the client, not {cnx_kwargs!r}')
         self.stream_name, self.group, self.lease = stream_name, group, lease
         self.size, self.interval = size, interval if interval is not None else size
-        self.processfn, self.emitfn, self.forwardfn = processfn, emitfn, forwardfn
+        self.processfn, self.emitfn, self.sink = processfn, emitfn, sink
+        self.forwardfn = forwardfn if sink is None else sink.put
+        self.max_attempts, self.timeout, self.on_error, self.ordered = max_attempts, timeout, on_error, ordered
+        self.start_at, self.stall_after = start, stall_after
         self.emit_empty = self.emits_empty if emit_empty is None else emit_empty
         self.executor, self.max_workers = executor, max_workers
         self.queue, self.source = queue, source
@@ -221,13 +251,23 @@ class WindowEmitter:
         """Raise `PortabilityError`, naming the variable, if the function cannot be sent to a worker process."""
         self._consumer.check_portable()
 
+    @property
+    def name(self) -> str:
+        """How logs name this consumer: stream/group."""
+        return f'{self.stream_name}/{self.group}'
+
+    @property
+    def forwards(self) -> bool:
+        """Whether results go somewhere."""
+        return self.forwardfn is not None or self.overrides('forward')
+
     def describe(self) -> str:
         """What consumers of the same group must have in common."""
         window = f'size={self.size}' if self.size else f'interval={self.interval}'
         return f'{type(self).__name__}({window})'
 
     def __repr__(self) -> str:
-        return f'<{self.describe()} on {self.stream_name}/{self.group}>'
+        return f'<{self.describe()} on {self.name}>'
 
     # --- planning, for the consumer
 
@@ -300,6 +340,11 @@ class WindowEmitter:
 
     def sleep(self) -> None:
         self._consumer.wait()
+
+
+def _check_choice(name: str, value: Any, *choices: str) -> None:
+    if value not in choices:
+        raise ArgumentError(f'{name} must be {" or ".join(map(repr, choices))}, not {value!r}')
 
 
 def spans_of(objs: Sequence[Buffer]) -> list[Span]:

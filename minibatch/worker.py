@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import traceback
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import takewhile
 from multiprocessing import resource_tracker
 from typing import Any
 
 import cloudpickle
 import loky
 
-from . import connection, marshaller, store
+from . import connection, dead, marshaller, store
 from .abc import Completion
 from .connection import Target
 from .errors import DataError, MinibatchError
@@ -36,7 +39,7 @@ CAN_BLOCK = hasattr(signal, 'pthread_sigmask')
 @dataclass(frozen=True)
 class Work:
     """One window to do; `argument`, if there is one, is what the function gets instead of the window,
-    `picked` says that the order of the spans is that of the messages."""
+    `picked` says that the order of the spans is that of the messages, `replay` that it was a dead letter."""
 
     id: str
     number: int
@@ -47,6 +50,7 @@ class Work:
     spans: list[Span]
     argument: Any = None
     picked: bool = False
+    replay: bool = False
 
 
 @dataclass
@@ -62,6 +66,7 @@ class Outcome:
     error: str = ''
     traceback: str = ''
     by_function: bool = False
+    lost: bool = False  # its worker died, for whatever reason
     skipped: bool = False
     missing: int = 0
     seconds: float = 0.0
@@ -72,6 +77,49 @@ class Outcome:
         return cloudpickle.loads(self.result) if self.pickled else self.result
 
 
+@dataclass(frozen=True)
+class Limit:
+    """How long the function may take for a window, in a worker process: longer, and the process is ended.
+
+    A thread of faulthandler does it, which works also when the function holds the interpreter. It writes where the
+    function was to a file in `folder`, named by the number of the window.
+    """
+
+    seconds: float
+    folder: str
+
+    @contextmanager
+    def on(self, number: int) -> Iterator[None]:
+        """Limit what is done in this context."""
+        path = os.path.join(self.folder, str(number))
+        with open(path, 'w') as file:
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=file)
+            try:
+                yield
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def exceeded(self) -> dict[int, str]:
+        """The numbers of the windows that took too long, each with where its function was; told once."""
+        found = {}
+        for name in os.listdir(self.folder):
+            path = os.path.join(self.folder, name)
+            with suppress(FileNotFoundError), open(path, errors='replace') as file:
+                if text := file.read():
+                    found[int(name)] = _above_us(text)
+                    os.unlink(path)
+        return found
+
+
+def _above_us(text: str) -> str:
+    """Of a dump of all threads, the main one, which comes last, down to where it was called from here."""
+    _, *frames = text.rpartition('\n\n')[2].rstrip().splitlines()
+    theirs = list(takewhile(lambda line: os.path.dirname(__file__) not in line, frames))
+    return '\n'.join(['Most recent call first:', *(theirs or frames)])
+
+
 class Task:
     """Windows for one worker, in order. It is called in the worker, and returns their outcomes.
 
@@ -79,8 +127,12 @@ class Task:
     own window only.
     """
 
-    def __init__(self, target: Target, stream: str, fn: Portable | None, works: list[Work], returns: bool) -> None:
+    def __init__(
+        self, target: Target, stream: str, fn: Portable | None, works: list[Work], returns: bool,
+        limit: Limit | None = None,
+    ) -> None:  # fmt: skip
         self.target, self.stream, self.fn, self.works, self.returns = target, stream, fn, works, returns
+        self.limit = limit
         self.default = connection.chosen()
         self.remote = False
 
@@ -109,7 +161,8 @@ class Task:
         if window.missing and not len(window):
             return Outcome(work.number, skipped=True, missing=window.missing)
         try:
-            result = self._call(window if work.argument is None else work.argument)
+            with self.limit.on(work.number) if self.limit is not None else nullcontext():
+                result = self._call(window if work.argument is None else work.argument)
         except BaseException as exc:
             if not (self.remote or isinstance(exc, (Exception, SystemExit))):
                 raise  # Ctrl-C in this very process
@@ -141,7 +194,7 @@ def _load(target: Target, stream: str, works: list[Work]) -> dict[str, tuple[lis
     """Read the records of all the windows of a task, each stretch of a producer's log at once."""
     stretches: dict[str, list[Span]] = {}
     for work in works:
-        for span in work.spans:
+        for span in () if work.replay else work.spans:
             known = stretches.setdefault(span.producer, [])
             if known and known[-1].end == span.start:
                 known[-1] = known[-1]._replace(end=span.end)
@@ -161,6 +214,8 @@ def _window(target: Target, stream: str, work: Work, found: dict[str, tuple[list
         return MessageWindow(*place, records, as_picked=work.picked)
 
     db = target.majority
+    if work.replay:
+        return view(dead.records(db, work.id, work.spans))
     window = view([(span, _covering(span, *found[span.producer])) for span in work.spans])
     for pause in REREAD_PAUSES:
         # Where the log goes on behind them they were there, and have been deleted since.
@@ -253,6 +308,14 @@ class Pool:
     def __exit__(self, kind: object, *exc: object) -> None:
         """End the workers, at once if they have not done what they were given by now."""
         self._executor.shutdown(wait=True, kill_workers=kind is not None or bool(self._pending))
+
+
+def cause_of_loss(exc: Exception) -> str:
+    """Why a task came to no end, in one line."""
+    codes = re.search(r'exit codes of the workers are (\{.*\})', str(exc))
+    if codes is not None:
+        return f'WorkerDied: the worker process ended while it ran the function, {codes[1]}'
+    return f'{type(exc).__name__}: {str(exc).partition(chr(10))[0]}'
 
 
 def _nothing() -> None:

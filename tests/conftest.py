@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from processes import FAULTS, HEADINGS, SEED, table
 from pymongo.database import Database
 from servers import Mongod
 
@@ -24,6 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SERVER_FIXTURES & set(getattr(item, 'fixturenames', ())):
             item.add_marker(pytest.mark.integration)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if FAULTS:
+        terminalreporter.section(f'faults, seed {SEED}')
+        terminalreporter.write_line(table(HEADINGS, [row.cells() for row in FAULTS]))
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -3,14 +3,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import struct
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +28,7 @@ from minibatch import store
 from minibatch.window import WindowEmitter
 
 SCRIPTS = Path(__file__).parent / 'scripts'
+SEED = int(os.environ.get('FAULTS_SEED') or random.SystemRandom().randrange(10**6))  # of the random moments
 
 
 @contextmanager
@@ -45,24 +48,30 @@ def running(*args: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
 
 
 def consumer(
-    url: str, stream: str, *, work: float = 0.0, say: bool = False, picks: bool = False, interrupt: Any = None,
-    stdout: Any = None, **options: Any,
+    url: str, stream: str, *, once: bool = False, work: float = 0.0, say: bool = False, trouble: Any = None,
+    clock: float = 0.0, picks: bool = False, interrupt: Any = None, stdout: Any = None, **options: Any,
 ) -> Any:
     """scripts/consume.py with options of streaming.
 
     Args:
+        once: whether calls of the function are noted in `seen`, and messages go through an exactly-once sink to
+            `once`; else a plain sink notes in `seen` what it is given.
         work: seconds which the function takes.
         say: whether the function prints the id of its window when it begins.
+        trouble: what the function does at which messages: {'raise', 'exit' or 'hold': [seq, ...]}; hold keeps the
+            interpreter for 3 seconds.
+        clock: seconds by which the clock of the process is wrong.
         picks: whether the emitter is one which picks the messages with an even `seq`.
         interrupt: [signal, 'before' or 'after', a function of the store, which call].
     """
-    config = {'url': url, 'stream': stream, 'work': work, 'say': say, 'picks': picks, 'interrupt': interrupt}
-    return running(str(SCRIPTS / 'consume.py'), json.dumps({**config, 'options': options}), stdout=stdout)
+    config = {'url': url, 'stream': stream, 'once': once, 'work': work, 'say': say, 'trouble': trouble or {},
+              'clock': clock, 'picks': picks, 'interrupt': interrupt, 'options': options}
+    return running(str(SCRIPTS / 'consume.py'), json.dumps(config), stdout=stdout)
 
 
-def producer(url: str, stream: str, source: int, count: int) -> Any:
+def producer(url: str, stream: str, source: int, count: int, stdout: Any = subprocess.DEVNULL) -> Any:
     """scripts/produce.py."""
-    return running(str(SCRIPTS / 'produce.py'), url, stream, str(source), str(count))
+    return running(str(SCRIPTS / 'produce.py'), url, stream, str(source), str(count), stdout=stdout)
 
 
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -71,6 +80,15 @@ def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
         return psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The worker processes of a consumer that run now."""
+    def is_worker(child: psutil.Process) -> bool:
+        with suppress(psutil.NoSuchProcess):
+            return is_alive(child) and 'popen_loky_posix' in str(child.cmdline())
+        return False
+    return [child for child in family(process) if is_worker(child)]
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -208,23 +226,92 @@ def windows_seen(db: Database[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     return dict(windows)
 
 
-def prove(seen: list[list[Any]], counts: dict[Any, int]) -> None:
-    """Nothing is lost, nothing is there twice, and the messages of each source are in order."""
+@dataclass
+class Row:
+    """What a fault did: messages that were lost, given to the function or shown by the sink again, and the order."""
+
+    scenario: str
+    messages: int
+    windows: int
+    lost: int = 0
+    repeated: int = 0  # at the function
+    doubled: int = 0  # in the sink
+    ordered: bool = True
+
+    def cells(self) -> list[str]:
+        counts = (self.messages, self.windows, self.lost, self.repeated, self.doubled)
+        return [self.scenario, *map(str, counts), 'kept' if self.ordered else 'BROKEN']
+
+
+HEADINGS = ['scenario', 'messages', 'windows', 'lost', 'function again', 'sink again', 'order']
+FAULTS: list[Row] = []  # what the tests of this run found; conftest.py prints it
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """Plain text with aligned columns; the first is text, the others are numbers."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    lines = []
+    for row in [headings, ['-' * width for width in widths], *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append('  '.join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+    return '\n'.join(lines)
+
+
+def compare(row: Row, seen: list[list[Any]], counts: dict[Any, int], dead: Set[tuple[Any, int]] = frozenset()) -> int:
+    """Add to a row what is lost, and whether the order is broken; returns how many messages are there again.
+
+    `counts` says how many messages each source had, `dead` which of them are not to be there.
+    """
     sequences = defaultdict(list)
     for source, seq in seen:
         sequences[source].append(seq)
-    for source, count in counts.items():
-        got = sequences.pop(source, [])
-        lost, more = set(range(count)) - set(got), len(got) - len(set(got))
-        assert not lost, f'{len(lost)} messages of {source} lost, the first is {min(lost)}'
-        assert not more, f'{more} messages of {source} in more than one window'
-        assert got == list(range(count)), f'messages of {source} out of order'
-    assert not sequences, f'messages of nobody: {list(sequences)}'
+    assert set(sequences) <= set(counts), f'messages of nobody: {set(sequences) - set(counts)}'
+    again = 0
+    for source, total in counts.items():
+        got = sequences[source]
+        missing = {seq for seq in range(total) if (source, seq) not in dead}.symmetric_difference(got)
+        first = list(dict.fromkeys(got))
+        row.lost += len(missing)
+        row.ordered &= first == sorted(first)
+        again += len(got) - len(first)
+    return again
+
+
+def prove(seen: list[list[Any]], counts: dict[Any, int]) -> None:
+    """Nothing is lost, nothing is there twice, and the messages of each source are in order."""
+    row = Row('', sum(counts.values()), 0)
+    row.doubled = compare(row, seen, counts)
+    assert row == Row('', row.messages, 0), row
 
 
 def prove_windows(db: Database[dict[str, Any]], counts: dict[Any, int]) -> None:
     """What `prove` says, of the windows in the collection `seen`."""
     prove([message for times in windows_seen(db).values() for message in times[0]['seen']], counts)
+
+
+def prove_once(
+    db: Database[dict[str, Any]], scenario: str, counts: dict[Any, int], *, dead: Set[tuple[Any, int]] = frozenset(),
+    again: Set[str] | None = None, most: int = 0,
+) -> None:
+    """What consumers with an exactly-once sink did is right; it becomes a row of the table.
+
+    Args:
+        dead: the messages (source, seq) that are to be dead letters.
+        again: the windows that the function may have been given more than once, None for any.
+        most: how many windows it may have been given again at most, if not 0.
+    """
+    calls = windows_seen(db)
+    row = Row(scenario, sum(counts.values()), len(calls))
+    FAULTS.append(row)
+    in_two = compare(row, [message for times in calls.values() for message in times[0]['seen']], counts)
+    repeated = {id_: len(times) - 1 for id_, times in calls.items() if len(times) > 1}
+    row.repeated = in_two + sum(times * len(calls[id_][0]['seen']) for id_, times in repeated.items())
+    shown = [[doc['source'], doc['seq']] for doc in db.once.find(sort=[('window', 1), ('_id', 1)])]
+    row.doubled = compare(row, shown, counts, dead)
+    assert not in_two, f'{in_two} messages in more than one window'
+    assert (row.lost, row.doubled, row.ordered) == (0, 0, True), row
+    assert again is None or set(repeated) <= again, f'given to the function again without need: {repeated}'
+    assert not most or sum(repeated.values()) <= most, f'more than {most} windows again: {repeated}'
 
 
 def owner_of(db: Database[dict[str, Any]], stream: str) -> int:

@@ -242,7 +242,8 @@ class ReplicaSet:
 
     def step_down(self, seconds: int = 60) -> None:
         """Make the primary step down; another member is elected."""
-        command = {'replSetStepDown': seconds, 'secondaryCatchUpPeriodSecs': 10, 'force': True}
+        catching_up = min(10, seconds - 1)
+        command = {'replSetStepDown': seconds, 'secondaryCatchUpPeriodSecs': catching_up, 'force': True}
         self.primary.client.admin.command(command)
 
     def __enter__(self) -> ReplicaSet:

@@ -1,5 +1,7 @@
 """What is stored about consumer groups, and what the database refuses."""
 
+from datetime import timedelta
+
 import pytest
 
 from minibatch import clock, ledger, store
@@ -114,3 +116,61 @@ def test_a_list_of_spans_that_is_too_long_for_a_document_goes_on_in_others(log, 
     ledger.commit_windows(log, [doc['_id']], epoch=2)
     ledger.delete_windows(log, 's', 'g', 1, 2)
     assert log.window_spans.count_documents({}) == 0
+
+
+# --- consumer groups, administered
+
+
+def test_groups_are_given_with_the_servers_time_and_without_deleted_ones(log):
+    for stream, group in (('s', 'b'), ('s', 'a'), ('s', ''), ('t', 'a')):
+        ledger.take_lease(log, stream, group, owner('1'), 60, '', {})
+    found = ledger.groups_now(log, 's')
+    assert [doc['group'] for doc in found] == ['a', 'b']
+    left = [doc['lease']['expires'] - doc['now'] for doc in found]
+    assert all(timedelta(seconds=50) < each <= timedelta(seconds=60) for each in left)
+    assert [doc['_id'] for doc in ledger.groups_now(log)] == ['s/a', 's/b', 't/a']
+    ledger.delete_group(log, 's', 'a', 1, 5)
+    assert [doc['_id'] for doc in ledger.groups_now(log)] == ['s/b', 't/a']
+    assert ledger.groups_now(log, 's', 'a') == []
+
+
+@pytest.mark.parametrize('change', [ledger.delete_group, lambda *args: ledger.reset_group(*args, {'a': 5})])
+def test_a_group_of_another_epoch_is_neither_reset_nor_deleted(log, change):
+    ledger.take_lease(log, 's', 'g', owner('1'), 0.0, '', {})
+    ledger.take_lease(log, 's', 'g', owner('2'), 60, '', {})
+    before = ledger.find_group(log, 's', 'g')
+    with pytest.raises(LeaseLostError):
+        change(log, 's', 'g', 1, 7)
+    assert ledger.find_group(log, 's', 'g') == before
+    assert ledger.read_positions(log, 's', 'g') == {}
+
+
+def test_a_reset_is_finished_once_by_whoever_leads(log):
+    ledger.take_lease(log, 's', 'g', owner('1'), 60, '', {})
+    ledger.write_positions(log, 's', 'g', 1, {'a': 10})
+    ledger.finish_reset(log, 's', 'g', 1, [['a', 3], ['b', 4]])
+    assert ledger.read_positions(log, 's', 'g') == {'a': 3, 'b': 4}
+    ledger.write_positions(log, 's', 'g', 2, {'a': 8})
+    with pytest.raises(LeaseLostError):
+        ledger.finish_reset(log, 's', 'g', 1, [['a', 3], ['b', 4]])
+    assert ledger.read_positions(log, 's', 'g')['a'] == 8
+
+
+def test_what_a_group_made_anew_has_written_is_not_cleared(log):
+    ledger.take_lease(log, 's', 'g', owner('1'), 60, '', {})
+    ledger.write_positions(log, 's', 'g', 1, {'a': 10})
+    ledger.write_positions(log, 's', 'g', 3, {'b': 10})
+    ledger.claim_windows(log, [window(number, epoch=1) for number in (1, 2, 3)], epoch=1)
+    for number in (2, 3):
+        log.dead.insert_one({'_id': f'{ledger.window_id("s", "g", number)}+000000', 'stream': 's', 'group': 'g'})
+    ledger.clear_group(log, 's', 'g', 2, 2)
+    assert ledger.read_positions(log, 's', 'g') == {'b': 10}
+    assert [doc['number'] for doc in log.window.find()] == [3]
+    assert [doc['_id'] for doc in log.dead.find()] == ['s/g/000000000003+000000']
+
+
+def test_dead_letters_are_found_through_their_index(log):
+    query = {'stream': 's', 'failed': {'$exists': True}, 'status': {'$in': ['failed', 'replay']}}
+    plan = log.command('explain', {'find': 'window', 'filter': query, 'sort': {'stream': 1, 'group': 1, 'number': 1}})
+    assert "'indexName': 'dead'" in str(plan['queryPlanner']['winningPlan'])
+    assert "'SORT'" not in str(plan['queryPlanner']['winningPlan'])

@@ -1,12 +1,15 @@
-"""Streams and windows; models and appends without a server, on mongomock."""
+"""Streams and windows; models and appends without a server, on mongomock, and streams as sinks and as archives."""
 
 from datetime import datetime, timedelta
 
 import pytest
+from processes import InThisThread, Seen, appended, note, prove, started, write_at
+from servers import eventually
 
 import minibatch as mb
-from minibatch import connection
+from minibatch import clock, connection
 from minibatch.clock import EPOCH
+from minibatch.errors import ArgumentError, BacklogFullError, DataError
 from minibatch.messages import MessageWindow
 from minibatch.store import Span
 
@@ -159,3 +162,85 @@ def test_a_source_appends_in_the_background_until_it_is_cancelled(stream):
 def test_something_that_is_no_source_is_refused(stream):
     with pytest.raises(mb.MinibatchError, match='source must have'):
         stream.attach(object())
+
+
+def test_a_stream_that_exists_can_be_found_with_its_options(stream):
+    mb.stream('t', interval=2.5, batchsize=3)
+    found = mb.Stream.find('t')
+    assert (found.name, found.interval, found._batchsize) == ('t', 2.5, 3)
+
+
+def test_a_stream_that_does_not_exist_is_not_made_and_those_that_do_are_named(stream):
+    for i in range(11):
+        mb.stream(f'n{i:02d}')
+    with pytest.raises(ArgumentError, match=r"no stream 'x'; there are: 'n00', .*'n09' and more"):
+        mb.Stream.find('x')
+    assert mb.Stream.objects(name='x').count() == 0
+
+
+def test_a_limit_of_messages_holds_on_mongomock_too(stream):
+    limited = mb.stream('limited', max_backlog=3, on_full='raise')
+    with pytest.raises(BacklogFullError) as caught:
+        limited.append_many([{'a': i} for i in range(5)])
+    assert caught.value.written == 3
+
+
+# --- a stream is a sink
+
+
+def test_a_stream_takes_a_message_or_many_as_a_sink_and_stores_them_at_once(stream):
+    sink = mb.stream('sink', batchsize=10, linger=3600)
+    assert isinstance(sink, mb.abc.Sink)
+    sink.append({'a': 0})
+    sink.put({'a': 1})
+    sink.put([])
+    sink.put({'a': i} for i in (2, 3))
+    first, second, third = sink.buffer()
+    assert (first.data, second.data, third.batch) == ({'a': 0}, {'a': 1}, [{'a': 2}, {'a': 3}])
+
+
+@pytest.mark.parametrize(
+    ('result', 'named'), [(3, 'not int'), ('text', 'not str'), (b'x', 'not bytes'), ([1], r'items\[0\].*not int')]
+)
+def test_a_result_that_is_no_message_is_refused_by_its_type(stream, result, named):
+    with pytest.raises(DataError, match=named):
+        stream.put(result)
+    assert stream.buffer().count() == 0
+
+
+def test_streams_can_be_chained(url):
+    first, second, seen = mb.stream('first', url=url), mb.stream('second', url=url, batchsize=100), Seen()
+
+    def relay(window):
+        return [{**data, 'window': window.number} for data in window.data]
+
+    relaying = mb.make_emitter('first', relay, stream=first, size=10, sink=second, executor=InThisThread)
+    noting = mb.make_emitter('second', note, stream=second, size=5, sink=seen, executor=InThisThread)
+    with started(relaying), started(noting):
+        appended(first, 0, 0, 100)
+        eventually(lambda: seen.count() == 100)
+        eventually(lambda: not first.buffer().count() and not second.buffer().count())
+    prove(seen.messages(), {0: 100})
+
+
+# --- messages are kept for max_age
+
+
+def test_with_max_age_processed_messages_are_kept_for_a_group_that_comes_later(url):
+    stream = mb.stream('s', url=url, max_age=3600)
+    appended(stream, 0, 0, 50)
+    for group in ('one', 'two'):
+        seen = Seen()
+        emitter = mb.make_emitter('s', note, stream=stream, size=10, group=group, sink=seen, executor=InThisThread)
+        assert emitter._run_once() == 5
+        prove(seen.messages(), {0: 50})
+    assert [(record.n, record.processed) for record in stream.buffer()] == [(50, True)]
+
+
+def test_messages_are_deleted_by_the_clock_of_the_server(url, db, monkeypatch):
+    now = clock.now()
+    write_at(db, 's', [now - timedelta(hours=2), now - timedelta(minutes=1)])
+    monkeypatch.setattr(clock, 'now', lambda: now + timedelta(hours=1))
+    stream = mb.stream('s', url=url, max_age=1800)
+    eventually(lambda: stream.buffer().count() < 2)
+    assert [record.data['seq'] for record in stream.buffer()] == [1]

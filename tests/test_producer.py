@@ -1,14 +1,22 @@
-"""What a message may be, and how messages become record batches."""
+"""What a message may be, how messages become record batches, and what is told when they cannot be stored."""
 
 import decimal
+import threading
 import uuid
 from datetime import datetime
 
 import bson
 import pytest
+from processes import command, prove_log
+from servers import Mongod, Proxy, eventually
 
-from minibatch.errors import DataError
+import minibatch as mb
+from minibatch import producer
+from minibatch.errors import DataError, ServerError, UnconfirmedError
 from minibatch.producer import RECORD_BYTES, RECORD_MESSAGES, _cuts, encode, encode_meta
+
+OUT_OF_DISK_SPACE = 14031
+UNAUTHORIZED = 13
 
 
 @pytest.mark.parametrize(
@@ -93,3 +101,164 @@ def test_what_is_said_about_messages_counts_as_their_bytes():
 def test_meta_that_cannot_be_stored_is_refused_at_the_call():
     with pytest.raises(DataError, match=r"meta\['header'\]"):
         encode_meta({'header': object()})
+
+
+# --- what is not stored is told exactly
+
+
+@pytest.fixture(scope='module')
+def failing():
+    """A server whose inserts can be made to fail."""
+    with Mongod('--setParameter', 'enableTestCommands=1') as server:
+        yield server
+
+
+@pytest.fixture
+def own(failing):
+    """A database of that server for one test; a producer would go on with its offsets after it was dropped."""
+    return failing.client[f'test_{uuid.uuid4().hex[:12]}']
+
+
+@pytest.fixture
+def fail(failing):
+    """Let all inserts fail with an error code, but for the first `skip`; with 0 they work again."""
+
+    def configure(code, skip=0):
+        data = {'failCommands': ['insert'], 'errorCode': code}
+        failing.client.admin.command('configureFailPoint', 'failCommand', mode={'skip': skip} if code else 'off',
+                                     **({'data': data} if code else {}))  # fmt: skip
+
+    yield configure
+    configure(0)
+
+
+def messages(count, source=0):
+    return [{'source': source, 'seq': seq} for seq in range(count)]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ('code', 'kind', 'queued'), [(OUT_OF_DISK_SPACE, UnconfirmedError, 1000), (UNAUTHORIZED, ServerError, 0)]
+)
+def test_a_part_that_was_not_stored_can_be_appended_again_as_documented(failing, own, fail, code, kind, queued):
+    items = messages(5000)
+    stream = mb.stream('s', url=failing.url(own.name), max_backlog=10**6, timeout=0.5)
+    fail(code, skip=2)
+    with pytest.raises(kind, match='first 2,000 messages of this call are stored') as caught:
+        stream.append_many(items)
+    assert type(caught.value) is kind
+    assert (caught.value.written, caught.value.queued) == (2000, queued)
+    fail(0)
+    stream.flush()
+    stream.append_many(items[caught.value.written + caught.value.queued :])
+    prove_log(own, 's', {0: 5000})
+
+
+@pytest.mark.integration
+def test_while_the_disk_is_full_an_append_waits_and_goes_on_when_there_is_room(failing, own, fail, caplog):
+    stream = mb.stream('s', url=failing.url(own.name))
+    fail(OUT_OF_DISK_SPACE)
+    thread = threading.Thread(target=stream.append_many, args=(messages(10),))
+    thread.start()
+    eventually(lambda: 'not confirmed, trying again' in caplog.text)
+    fail(0)
+    thread.join(10)
+    assert not thread.is_alive()
+    prove_log(own, 's', {0: 10})
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize('applied', [True, False])
+def test_what_a_lost_connection_left_unclear_stays_queued_and_is_stored_once(mongod, db, applied):
+    items = messages(1000)
+    with Proxy(mongod.port) as proxy:
+        stream = mb.stream('s', url=f'{proxy.url(db.name)}&serverSelectionTimeoutMS=200', timeout=0.5)
+        stream.append_many(items[:10])
+        proxy.refuse()
+        if applied:
+            happened = proxy.cut_reply(command('insert', 'buffer'))
+        else:
+            proxy.cut()
+        with pytest.raises(UnconfirmedError, match='990 stay queued') as caught:
+            stream.append_many(items[10:])
+        assert (caught.value.written, caught.value.queued) == (0, 990)
+        assert not applied or happened.is_set()
+        assert db.buffer.count_documents({}) == 1 + applied
+        with pytest.raises(UnconfirmedError) as flushed:
+            stream.flush()
+        assert flushed.value.queued == 990
+        with pytest.raises(UnconfirmedError, match='Nothing of this call was written') as second:
+            stream.append({'source': 1, 'seq': 0})
+        assert (second.value.written, second.value.queued) == (0, 0)
+        proxy.allow()
+        eventually(lambda: is_flushed(stream))
+        prove_log(db, 's', {0: 1000})
+
+
+def is_flushed(stream):
+    try:
+        stream.flush()
+    except UnconfirmedError:
+        return False
+    return True
+
+
+@pytest.mark.integration
+def test_what_stays_queued_is_not_dropped_when_it_is_refused_later(failing, own, fail):
+    stream = mb.stream('s', url=failing.url(own.name), timeout=0.3)
+    fail(OUT_OF_DISK_SPACE)
+    with pytest.raises(UnconfirmedError) as caught:
+        stream.append({'source': 0, 'seq': 0})
+    assert caught.value.queued == 1
+    fail(UNAUTHORIZED)
+    for _ in range(2):
+        with pytest.raises(ServerError) as flushed:
+            stream.flush()
+        assert flushed.value.queued == 1
+        with pytest.raises(ServerError) as other:
+            stream.append({'source': 1, 'seq': 0})
+        assert (other.value.written, other.value.queued) == (0, 0)
+    fail(0)
+    stream.flush()
+    prove_log(own, 's', {0: 1})
+
+
+@pytest.mark.integration
+def test_with_a_batchsize_the_message_whose_append_failed_is_queued(failing, own, fail):
+    stream = mb.stream('s', url=failing.url(own.name), batchsize=3, linger=3600, timeout=0.3)
+    fail(UNAUTHORIZED)
+    stream.append({'source': 0, 'seq': 0})
+    stream.append({'source': 0, 'seq': 1})
+    with pytest.raises(ServerError, match='flush') as caught:
+        stream.append({'source': 0, 'seq': 2})
+    assert (caught.value.written, caught.value.queued) == (0, 1)
+    fail(0)
+    stream.flush()
+    prove_log(own, 's', {0: 3})
+
+
+@pytest.mark.integration
+def test_an_append_that_waits_for_another_one_gives_up_after_its_own_timeout(failing, own):
+    patient, hasty = mb.stream('s', url=failing.url(own.name)), mb.stream('s', url=failing.url(own.name), timeout=0.5)
+    patiently = threading.Thread(target=patient.append, args=({'source': 0, 'seq': 0},))
+    failing.pause()
+    try:
+        patiently.start()
+        eventually(lambda: patient._producer._in_flight)
+        with pytest.raises(UnconfirmedError, match='Nothing of this call was written') as caught:
+            hasty.append({'source': 1, 'seq': 0})
+        assert caught.value.queued == 0
+    finally:
+        failing.resume()
+    patiently.join(20)
+    prove_log(own, 's', {0: 1})
+
+
+def test_of_more_than_is_checked_at_once_a_wrong_message_says_how_many_are_stored(url, db, monkeypatch):
+    monkeypatch.setattr(producer, 'CHECKED_BYTES', 1000)
+    stream = mb.stream('s', url=url)
+    with pytest.raises(DataError, match=r'items\[100\]') as caught:
+        stream.append_many([*messages(100), {'wrong': object()}])
+    assert 0 < caught.value.written < 100
+    assert caught.value.queued == 0
+    prove_log(db, 's', {0: caught.value.written})

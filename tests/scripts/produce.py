@@ -1,4 +1,7 @@
-"""A producer as a process of its own: python produce.py URL STREAM SOURCE COUNT appends one by one and in batches."""
+"""A producer as a process of its own: python produce.py URL STREAM SOURCE COUNT appends one by one and in batches.
+
+After each call it prints how many messages are acknowledged.
+"""
 import random
 import sys
 
@@ -16,3 +19,4 @@ while seq < count:
     else:
         stream.append_many(messages)
     seq += size
+    print(seq, flush=True)

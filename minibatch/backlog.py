@@ -1,0 +1,107 @@
+"""Backpressure: how many messages wait in a stream, and how many more a producer may append.
+
+The limit is a soft one. Each producer counts the backlog now and then and adds what it has appended since, so what
+others append is known up to a second later.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pymongo
+from pymongo.errors import PyMongoError
+
+from . import ledger, store
+from .store import DB
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 60.0
+MAX_AGE = 1.0
+MIN_AGE = 0.05
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an append keeps to.
+
+    Args:
+        max_backlog: how many messages may wait to be processed, None for any number.
+        on_full: 'block' to wait for room, 'raise' not to.
+        timeout: seconds to wait for room, and then again for MongoDB to confirm.
+    """
+
+    max_backlog: int | None = None
+    on_full: str = 'block'
+    timeout: float = TIMEOUT
+
+
+def count_backlog(db: DB, stream: str, enough: int) -> int:
+    """How many messages the slowest consumer group has not finished; without any group, how many are stored.
+
+    The log is not read, only its ends. What was deleted unprocessed is left out, unless even with it the count is
+    below `enough`. Messages without an offset are counted when they have one.
+    """
+    ends = store.log_ends(db, stream)
+    groups = ledger.groups_that_hold(db, stream)
+    if any(group.get('picks') for group in groups):  # it is the only one, and has no positions
+        return store.count_unprocessed(db, stream)
+    positions = [ledger.read_positions(db, stream, group['group']) for group in groups]
+    most = max((_behind(ends, at) for at in positions), default=enough)
+    if most < enough:
+        return most
+    starts = store.log_starts(db, stream)
+    kept = {producer: end for producer, end in ends.items() if producer in starts}
+    above = [{producer: max(at.get(producer, 0), starts[producer]) for producer in kept} for at in positions or [{}]]
+    return max(_behind(kept, at) for at in above)
+
+
+def _behind(ends: Mapping[str, int], positions: Mapping[str, int]) -> int:
+    return sum(max(end - positions.get(producer, 0), 0) for producer, end in ends.items())
+
+
+class Room:
+    """The room left in a stream, as far as one producer can tell.
+
+    Args:
+        count: counts the backlog, given how much is enough to know.
+    """
+
+    def __init__(self, count: Callable[[int], int]) -> None:
+        self._count = count
+        self._lock = threading.Lock()
+        self._backlog = 0
+        self._counted = float('-inf')
+
+    def take(self, wanted: int, limits: Limits) -> int:
+        """Take room for at most `wanted` messages; returns for how many there was."""
+        if limits.max_backlog is None:
+            return wanted
+        with self._lock:
+            age = time.monotonic() - self._counted
+            if age > MAX_AGE or (age > MIN_AGE and self._backlog + wanted > limits.max_backlog):
+                self._recount(limits.max_backlog, limits.timeout)
+            taken = max(min(wanted, limits.max_backlog - self._backlog), 0)
+            self._backlog += taken
+            return taken
+
+    def describe(self, stream: str, limits: Limits) -> str:
+        """Why there is no room, and what to do."""
+        waited = '' if limits.on_full == 'raise' else f', also after {limits.timeout:g} s'
+        return (
+            f'{self._backlog:,} messages of stream {stream!r} wait to be processed, max_backlog={limits.max_backlog} '
+            f'allows no more{waited}. See that its consumers run and keep up, or open it with a larger max_backlog, '
+            f'which must be more than a window holds; then try again'
+        )
+
+    def _recount(self, enough: int, timeout: float) -> None:
+        try:
+            with pymongo.timeout(timeout):
+                self._backlog = self._count(enough)
+        except PyMongoError as exc:  # the append itself will find out what is wrong
+            logger.warning('the backlog could not be counted, trying again: %s', exc)
+        self._counted = time.monotonic()

@@ -1,0 +1,160 @@
+"""Every MongoDB query about dead letters, windows that have failed for good, and the shape of what is kept of them.
+
+``window``    of ledger.py, with status failed, or replay when it is to be tried again; ``failed`` is when it failed
+              last, ``tried`` how many attempts had been made before the replay
+``dead``      a copy of a record batch, cut to a window that failed: {_id: window+number, stream, group, producer,
+              offset, n, created, kept}, and ``data`` or ``batch``, ``times``, ``meta`` as in ``buffer``
+
+The functions take the database and know nothing of any connection. Those that a consumer calls take its `epoch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+
+from bson import Int64
+from pymongo import ReplaceOne, UpdateOne
+
+from . import ledger, store
+from .errors import LeaseLostError
+from .store import DB, Doc, Span, id_prefix
+
+REPLAY_EPOCH = 0  # of a dead letter that waits to be replayed, and that nobody has taken on yet
+DEAD: Doc = {'failed': {'$exists': True}, 'status': {'$in': ['failed', 'replay']}}
+
+
+def keep(db: DB, stream: str, group: str, id_: str, spans: list[Span], now: datetime) -> None:
+    """Copy the messages of a window that is about to become a dead letter, for the log will not wait for it."""
+    pieces = [
+        (span.producer, *piece) for span in spans for piece in store.trim(span, store.read_records(db, stream, span))
+    ]
+    copies = []
+    for i, (producer, record, first, end) in enumerate(pieces):
+        cut: Doc = {key: record[key][first:end] for key in ('batch', 'times', 'meta') if key in record}
+        if 'data' in record:
+            cut['data'] = record['data']
+        created = store.times_of(record)[first]
+        place = {'producer': producer, 'offset': Int64(record['offset'] + first), 'n': end - first}
+        copy = {'stream': stream, 'group': group, **place, 'created': created, 'kept': now, **cut}
+        copies.append(ReplaceOne({'_id': f'{id_}+{i:09d}'}, copy, upsert=True))
+    if copies:
+        db.dead.bulk_write(copies, ordered=False)
+
+
+def fail(db: DB, failed: dict[str, Doc], epoch: int) -> set[str]:
+    """Make windows dead letters; `failed` has the fields to set by id. Their messages must have been copied.
+
+    Returns:
+        The ids of those that were processed after all, by a transaction whose outcome was unclear.
+
+    Raises:
+        LeaseLostError: if one of them is no longer ours.
+    """
+    db.window.bulk_write(
+        [
+            UpdateOne({'_id': id_, 'epoch': epoch, **ledger.UNFINISHED}, {'$set': {**fields, 'status': 'failed'}})
+            for id_, fields in failed.items()
+        ],
+        ordered=False,
+    )
+    found = list(db.window.find({'_id': {'$in': list(failed)}, 'epoch': epoch}, {'status': 1}))
+    if len(found) < len(failed):
+        raise LeaseLostError
+    return {doc['_id'] for doc in found if doc['status'] == 'processed'}
+
+
+def take_replays(db: DB, stream: str, group: str, epoch: int, limit: int = 100) -> list[Doc]:
+    """Make dead letters that somebody wants replayed ours, and return them, oldest first."""
+    asked = {'stream': stream, 'group': group, **DEAD, 'status': 'replay', 'epoch': {'$ne': epoch}}
+    wanted = db.window.find(asked, {'_id': 1})
+    ids = [doc['_id'] for doc in wanted.sort('number', 1).limit(limit)]
+    if not ids:
+        return []
+    these = {'_id': {'$in': ids}, 'status': 'replay'}
+    first_attempt = {'epoch': epoch, 'tried': '$attempts', 'attempts': {'$add': ['$attempts', 1]}}
+    db.window.update_many({**these, 'epoch': REPLAY_EPOCH}, [{'$set': first_attempt}])
+    db.window.update_many(these, {'$set': {'epoch': epoch}})
+    docs = list(db.window.find({**these, 'epoch': epoch}).sort('number', 1))
+    for doc in docs:
+        doc['spans'] = ledger.all_spans(db, doc)
+    return docs
+
+
+def read(db: DB, id_: str) -> list[Doc]:
+    """The copies of the record batches of a dead letter, in its order."""
+    return list(db.dead.find(_copies(id_)).sort('_id', 1))
+
+
+def records(db: DB, id_: str, spans: Iterable[Span]) -> list[tuple[Span, list[Doc]]]:
+    """The spans of a dead letter, each with the copies of its record batches."""
+    copies = read(db, id_)
+    return [
+        (span, [c for c in copies if c['producer'] == span.producer and span.start <= c['offset'] < span.end])
+        for span in spans
+    ]
+
+
+def find(
+    db: DB, stream: str | None = None, group: str | None = None, ids: list[str] | None = None
+) -> list[Doc]:
+    """Dead letters, of a stream, of a group, or with these ids, without what may be long."""
+    query = dict(DEAD)
+    given = {'stream': stream, 'group': group, '_id': None if ids is None else {'$in': ids}}
+    query.update((key, value) for key, value in given.items() if value is not None)
+    in_order = [('stream', 1), ('group', 1), ('number', 1)]
+    return list(db.window.find(query, {'spans': 0, 'parts': 0, 'traceback': 0}).sort(in_order))
+
+
+def count(db: DB, stream: str, group: str) -> int:
+    """How many dead letters a group has."""
+    return db.window.count_documents({'stream': stream, 'group': group, **DEAD})
+
+
+def replay(db: DB, ids: list[str]) -> int:
+    """Ask the consumer of their groups to run dead letters again; returns how many did not wait for it already."""
+    asked = {'status': 'replay', 'epoch': REPLAY_EPOCH}
+    return db.window.update_many({'_id': {'$in': ids}, 'status': 'failed'}, {'$set': asked}).modified_count
+
+
+def discard(db: DB, ids: list[str]) -> int:
+    """Delete dead letters, but for those that wait to be run again. Returns how many."""
+    deleted = db.window.delete_many({'_id': {'$in': ids}, 'status': 'failed'}).deleted_count
+    left = {doc['_id'] for doc in db.window.find({'_id': {'$in': ids}}, {'_id': 1})}
+    drop(db, [id_ for id_ in ids if id_ not in left])
+    return deleted
+
+
+def drop(db: DB, ids: list[str], windows: bool = True) -> None:
+    """Delete what was kept for windows that are dead letters no more, and, unless they are kept, the windows."""
+    for id_ in ids:
+        db.dead.delete_many(_copies(id_))
+    if windows:
+        for id_ in ids:
+            db.window_spans.delete_many(_copies(id_))
+        db.window.delete_many({'_id': {'$in': ids}})
+    else:
+        db.window.update_many({'_id': {'$in': ids}}, {'$unset': {'failed': 1, 'tried': 1, 'error': 1, 'traceback': 1}})
+
+
+def sweep(db: DB, stream: str, group: str) -> None:
+    """Delete what a crash right after the commit of a replay has left."""
+    replayed = {'stream': stream, 'group': group, **DEAD, 'status': 'processed'}
+    drop(db, [doc['_id'] for doc in db.window.find(replayed, {'_id': 1})])
+
+
+def trim(db: DB, stream: str, group: str, before: datetime, most: int) -> int:
+    """Delete dead letters that failed before a time, and the oldest of more than `most`. Returns how many."""
+    dead = {'stream': stream, 'group': group, **DEAD, 'status': 'failed'}
+    numbers = [doc['_id'] for doc in db.window.find({**dead, 'failed': {'$lt': before}}, {'_id': 1})]
+    surplus = db.window.count_documents(dead) - len(numbers) - most
+    if surplus > 0:
+        younger = {**dead, 'failed': {'$gte': before}}
+        numbers += [doc['_id'] for doc in db.window.find(younger, {'_id': 1}).sort('number', 1).limit(surplus)]
+    drop(db, numbers)
+    db.dead.delete_many({**id_prefix(f'{stream}/{group}/'), 'stream': stream, 'group': group, 'kept': {'$lt': before}})
+    return len(numbers)
+
+
+def _copies(id_: str) -> Doc:
+    return {'_id': {'$gte': f'{id_}+', '$lt': f'{id_},'}}

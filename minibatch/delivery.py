@@ -1,0 +1,238 @@
+"""What becomes of a window after its function: sink and commit, or retries and a dead letter."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from bson import Binary
+from pymongo import MongoClient
+from pymongo.client_session import ClientSession
+
+from . import connection, dead, ledger
+from .abc import ExactlyOnceSink
+from .connection import Target
+from .errors import ArgumentError, LeaseLostError, WindowFailedError
+from .lease import Lease
+from .progress import Claim, Progress
+from .retention import Follower
+from .worker import Outcome
+
+if TYPE_CHECKING:
+    from .window import WindowEmitter
+
+logger = logging.getLogger(__name__)
+
+RETRY_PAUSES = 0.25, 60.0
+RETRY_GROWTH = 4.0
+MAX_HELD = 500
+MAX_TRACEBACK = 20_000
+MAX_ERROR = 2_000
+
+
+class Delivery:
+    """Settles the outcomes of windows: sink, then commit; or the attempt counted, and at last a dead letter."""
+
+    def __init__(
+        self, emitter: WindowEmitter, target: Target, taken: Lease, progress: Progress, follower: Follower
+    ) -> None:
+        self._emitter, self._target, self._lease = emitter, target, taken
+        self._progress, self._follower = progress, follower
+        self._once = emitter.sink if isinstance(emitter.sink, ExactlyOnceSink) else None
+        self.held: dict[int, Outcome] = {}  # results that wait for the windows before them
+        self._sessions: set[Binary] = set()
+        self.committed = 0
+        self.finished = 0
+
+    def in_order(self, ready: list[Claim], dispatched: int) -> list[Claim]:
+        """Those that may be dispatched: so few results wait for the window before them, and that one always may."""
+        first = min((number for number, claim in self._progress.open.items() if not claim.replay), default=None)
+        room = MAX_HELD - len(self.held) - dispatched
+        return [claim for i, claim in enumerate(ready) if i < room or claim.replay or claim.number == first]
+
+    def settle(self, outcomes: list[Outcome]) -> bool:
+        """Take outcomes through sink and commit, or to the next attempt; returns whether there were any.
+
+        Raises:
+            LeaseLostError: if another consumer has taken over.
+            WindowFailedError: if a window has failed for good and the consumer is to stop then.
+        """
+        committed: list[Claim] = []
+        failed: dict[int, Outcome] = {}
+        for outcome in outcomes:
+            claim = self._progress.open[outcome.number]
+            if outcome.error:
+                failed[outcome.number] = outcome
+            elif self._emitter.ordered and not claim.replay:
+                self.held[outcome.number] = outcome
+            else:
+                self._deliver(claim, outcome, committed, failed)
+        self._deliver_in_order(committed, failed)
+        if committed:
+            self._commit(committed)
+        if failed:
+            self._retry(failed)
+        return bool(committed or failed)
+
+    def _deliver_in_order(self, committed: list[Claim], failed: dict[int, Outcome]) -> None:
+        if not self.held:
+            return
+        for number, claim in sorted(self._progress.open.items()):
+            if claim.replay:
+                continue
+            outcome = self.held.pop(number, None)
+            if outcome is None or not self._deliver(claim, outcome, committed, failed):
+                return
+
+    def _deliver(
+        self, claim: Claim, outcome: Outcome, committed: list[Claim], failed: dict[int, Outcome]
+    ) -> bool:
+        """Give a result to the sink; a sink that fails makes the window a failed one."""
+        if not self._lease.valid:
+            raise LeaseLostError
+        try:
+            if not outcome.skipped:
+                self._forward(claim, outcome)
+        except LeaseLostError:
+            raise
+        except Exception as exc:
+            logger.debug('sink failed', exc_info=True)
+            outcome.error, outcome.by_function = f'sink: {type(exc).__name__}: {exc}', True
+            failed[outcome.number] = outcome
+            return False
+        if outcome.missing:
+            self.expired(outcome.missing)
+        committed.append(claim)
+        return True
+
+    def _forward(self, claim: Claim, outcome: Outcome) -> None:
+        if self._once is not None and not self._emitter.overrides('forward'):
+            window = _Commit(self._target, claim.id, self._lease.epoch, self._note_session)
+            self._once.put_once(outcome.value, window)
+            claim.committed = window.done
+        elif self._emitter.forwards:
+            self._emitter.forward(outcome.value)
+
+    def _note_session(self, session: Binary) -> None:
+        if session not in self._sessions:
+            db, emitter = self._target.majority, self._emitter
+            ledger.note_session(db, emitter.stream_name, emitter.group, self._lease.epoch, session)
+            self._sessions.add(session)
+
+    def expired(self, count: int) -> None:
+        """Count messages that were deleted before they were processed, and say so."""
+        logger.warning('%s: %d messages had expired before they were processed', self._emitter.name, count)
+        self._follower.count(expired_unprocessed=count)
+
+    # --- commit
+
+    def _commit(self, claims: list[Claim]) -> None:
+        ids = [claim.id for claim in claims if not claim.committed]
+        if ids:
+            ledger.commit_windows(self._target.majority, ids, self._lease.epoch)
+        for claim in claims:
+            if claim.picked and not claim.replay:
+                self._emitter.commit(claim.picked, claim.argument)
+                self._emitter.timestamp(claim.query_args)
+            self._progress.finished(claim.number)
+            self._follower.count(windows=1, messages=claim.n)
+        replayed = [claim.id for claim in claims if claim.replay]
+        if replayed:
+            dead.drop(self._target.majority, replayed, windows=not self._emitter.keep)
+        self.committed += len(claims)
+        self.finished += len(claims)
+
+    # --- fail
+
+    def _retry(self, failed: dict[int, Outcome]) -> None:
+        """Count the attempts of windows that failed, and let them wait; the last one makes a dead letter."""
+        errors: dict[str, str] = {}
+        final: dict[int, Outcome] = {}
+        for number, outcome in failed.items():
+            claim = self._progress.open[number]
+            last = outcome.by_function and claim.attempts - claim.tried >= self._emitter.max_attempts
+            pause = 0.0 if last else _pause(claim)
+            what = 'no attempt is left' if last else f'next attempt in {pause:.1f} s'
+            why = f'{outcome.error}\n{outcome.traceback}'.rstrip()
+            level = logging.DEBUG if outcome.lost and not outcome.by_function else logging.ERROR
+            logger.log(level, 'window %s failed (attempt %d), %s: %s', claim.id, claim.attempts, what, why)
+            claim.failures += 1
+            claim.not_before = time.monotonic() + pause
+            if last:
+                final[number] = outcome
+            elif outcome.by_function:
+                claim.attempts += 1
+                errors[claim.id] = outcome.error[:MAX_ERROR]
+            if claim.picked and not claim.replay and not last:
+                self._emitter.undo(claim.picked, claim.argument)
+        self._follower.count(retried=len(failed) - len(final))
+        if errors:
+            ledger.retry_windows(self._target.majority, errors, self._lease.epoch)
+        if final:
+            self._bury(final)
+
+    def _bury(self, final: dict[int, Outcome]) -> None:
+        """Make dead letters of windows, or stop, if that is what the user wants."""
+        claims = [self._progress.open[number] for number in final]
+        if self._emitter.on_error == 'stop':
+            raise WindowFailedError(
+                f'window {claims[0].id} has failed {claims[0].attempts} times, and on_error is stop; '
+                f'the last error was {final[claims[0].number].error}'
+            )
+        db, now, fields = self._target.majority, self._lease.now(), {}
+        for claim in claims:
+            if not claim.replay:
+                dead.keep(db, self._emitter.stream_name, self._emitter.group, claim.id, claim.spans, now)
+            fields[claim.id] = _epitaph(claim, final[claim.number], now)
+        processed = dead.fail(db, fields, self._lease.epoch)
+        for claim in claims:
+            if claim.id in processed:
+                dead.drop(db, [claim.id], windows=False)
+                claim.committed = True
+                self._commit([claim])
+                continue
+            if claim.picked and not claim.replay:
+                self._emitter.commit(claim.picked, claim.argument)
+            self._progress.finished(claim.number)
+            self._follower.count(failed=1)
+            self.finished += 1
+
+
+def _epitaph(claim: Claim, outcome: Outcome, now: datetime) -> dict[str, Any]:
+    error, trace = outcome.error[:MAX_ERROR], outcome.traceback[-MAX_TRACEBACK:]
+    return {'error': error, 'traceback': trace, 'failed': now, 'attempts': claim.attempts}
+
+
+def _pause(claim: Claim) -> float:
+    """Seconds until the next attempt: growing, and not the same for all that failed at the same moment."""
+    if claim.suspect and not claim.failures:
+        return 0.0  # to be run alone, at once
+    shortest, longest = RETRY_PAUSES
+    pause = min(shortest * RETRY_GROWTH ** min(claim.failures, 20), longest)
+    return pause * random.uniform(0.5, 1.0)  # noqa: S311  (protects nothing)
+
+
+class _Commit:
+    """See `minibatch.abc.WindowCommit`."""
+
+    def __init__(self, target: Target, id: str, epoch: int, note_session: Callable[[Binary], None]) -> None:
+        self._target, self.id, self._epoch, self._note_session = target, id, epoch, note_session
+        self.done = False
+
+    def joins(self, client: MongoClient[Any]) -> bool:
+        return connection.same_replica_set(self._target.client, client)
+
+    def commit(self, session: ClientSession) -> bool:
+        self._note_session(session.session_id['id'])
+        db = session.client[self._target.dbname]
+        committed = ledger.commit_with(db, self.id, self._epoch, session)
+        if committed is None:
+            if ledger.is_unfinished(self._target.majority, self.id, self._epoch):
+                raise ArgumentError('the sink is on another MongoDB than the stream, so they cannot commit together')
+            raise LeaseLostError
+        self.done = True
+        return committed
