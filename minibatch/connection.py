@@ -39,6 +39,7 @@ DEFAULT_ALIAS = 'minibatch'
 URL_VARIABLES = ('MINIBATCH_MONGO_URL', 'MONGO_URL')
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 1.0
+SOCKET_TIMEOUT_MS = 120_000
 MAJORITY = WriteConcern('majority')
 # pymongo does not call all of them a lost connection, and none of them if they stand in the reply to a bulk write.
 PASSING_CODES = {
@@ -293,6 +294,8 @@ def _connect(url: str, options: dict[str, Any]) -> MongoClient[dict[str, Any]]:
         return mock
     options.setdefault('uuidRepresentation', 'standard')
     options.setdefault('appname', 'minibatch')
+    if 'sockettimeoutms=' not in url.lower():  # a server that is frozen must not hold us for ever
+        options.setdefault('socketTimeoutMS', SOCKET_TIMEOUT_MS)
     try:
         client: MongoClient[dict[str, Any]] = MongoClient(url, **options)
     except (InvalidURI, ConfigurationError, ValueError, TypeError) as exc:

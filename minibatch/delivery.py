@@ -16,7 +16,7 @@ from pymongo.client_session import ClientSession
 from . import connection, dead, ledger
 from .abc import ExactlyOnceSink
 from .connection import Target
-from .errors import ArgumentError, LeaseLostError, WindowFailedError
+from .errors import ArgumentError, LeaseLostError, ServerError, WindowFailedError
 from .lease import Lease
 from .progress import Claim, Progress
 from .retention import Follower
@@ -101,7 +101,8 @@ class Delivery:
             raise
         except Exception as exc:
             logger.debug('sink failed', exc_info=True)
-            outcome.error, outcome.by_function = f'sink: {type(exc).__name__}: {exc}', True
+            # A stream as a sink that is full, or not reachable, is a matter of time and not of the window.
+            outcome.error, outcome.by_function = f'sink: {type(exc).__name__}: {exc}', not isinstance(exc, ServerError)
             failed[outcome.number] = outcome
             return False
         if outcome.missing:

@@ -23,7 +23,7 @@ from pymongo.errors import PyMongoError
 from . import clock, dead, groups, ledger, store
 from .abc import Source
 from .backlog import TIMEOUT, Limits
-from .connection import Target, current, current_stream, target
+from .connection import Target, current, current_stream, is_passing, target
 from .errors import ArgumentError, DataError
 from .groups import DeadLetters, Group
 from .messages import MessageWindow
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 MAX_NAME = 200
 MAX_COUNT = 10**9
 MAX_SECONDS = 1e9
+OPEN_TIMEOUT = 30.0
+OPEN_PAUSE = 0.2
 
 
 class _RawField(BaseField):
@@ -265,8 +267,7 @@ class Stream(_Model):
         limited = 'on_full' not in options or 'max_backlog' in options
         if not limited and not store.find_stream(where.majority, name).get('max_backlog'):
             raise ArgumentError(f'on_full goes with max_backlog, which stream {name!r} has not; give both')
-        store.ensure_indexes(where.db)
-        stream: Stream = cls._from_son(store.open_stream(where.majority, name, options, clock.now()))
+        stream: Stream = cls._from_son(_opened(where, name, options))
         stream._target = where
         stream._get_collection = lambda: where.db.stream  # type: ignore[method-assign]
         stream._batchsize = options.get('batchsize') or stream.batchsize or 1
@@ -276,7 +277,7 @@ class Stream(_Model):
             _clear_in_background(where, name, stream.max_age)
         return stream
 
-    _known_producer: tuple[int, Producer] | None = None
+    _known_producer: Producer | None = None
     _source: Source | None = None
     _source_thread: threading.Thread | None = None
     _source_ended = False
@@ -293,10 +294,10 @@ class Stream(_Model):
 
     @property
     def _producer(self) -> Producer:
-        if self._known_producer is None or self._known_producer[0] != os.getpid():
-            # Also in a forked child, which has producers of its own.
-            self._known_producer = os.getpid(), producer_of(self.target, self.name)
-        return self._known_producer[1]
+        producer = self._known_producer
+        if producer is None or producer.inherited:
+            producer = self._known_producer = producer_of(self.target, self.name)
+        return producer
 
     @property
     def source(self) -> Source | None:
@@ -494,6 +495,20 @@ class Stream(_Model):
         check_options({'max_age': max_age})
         store.open_stream(self.target.majority, self.name, {'max_age': max_age}, clock.now())
         _clear_in_background(self.target, self.name, max_age)
+
+
+def _opened(where: Target, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The document of a stream, which is created if need be; a fail-over in between is waited for."""
+    deadline = time.monotonic() + OPEN_TIMEOUT
+    while True:
+        try:
+            store.ensure_indexes(where.db)
+            return store.open_stream(where.majority, name, options, clock.now())
+        except PyMongoError as exc:
+            if not is_passing(exc) or time.monotonic() > deadline:
+                raise
+            logger.warning('opening stream %r, trying again after: %s', name, exc)
+            time.sleep(OPEN_PAUSE)
 
 
 _clearing: dict[tuple[int, Target, str], float] = {}

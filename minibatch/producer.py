@@ -92,7 +92,9 @@ class Producer:
         self.target, self.stream = target, stream
         self.id = new_id()
         self._offset = 0
-        self._condition = threading.Condition()
+        self._lock = threading.RLock()
+        self._condition = threading.Condition(self._lock)
+        self.inherited = False  # by a forked child, which has producers of its own
         self._queue: deque[Entry] = deque()
         self._in_flight: list[tuple[Entry, RawBSONDocument, int]] = []
         self._unclear = False  # whether an attempt at what is in flight may have been applied without our knowing
@@ -112,18 +114,20 @@ class Producer:
         self, data: Any, meta: Any, batchsize: int, linger: float, limits: Limits = UNLIMITED
     ) -> None:
         """Append one message to the record batch being filled; write that when full, or after `linger` seconds."""
-        raw, frozen = encode(data), encode_meta(meta)
-        self._take_room(1, limits)
-        with self._condition:
+        raw, frozen = encode(data), None if meta is None else encode_meta(meta)
+        if limits.max_backlog is not None:
+            self._take_room(1, limits)
+        with self._lock:
             partial = self._partial
             if partial is None:
                 partial = self._partial = Entry([], [], [], stays=True)
                 self._partial_due = time.monotonic() + linger
                 self._watch_linger()
-            partial.datas.append(raw)
+            datas = partial.datas
+            datas.append(raw)
             partial.times.append(clock.now())
             partial.meta.append(frozen)
-            full = len(partial.datas) >= batchsize
+            full = len(datas) >= batchsize
         if full and (failure := self._flush(limits.timeout)):
             raise failure.error(written=0, queued=1)
 
@@ -148,7 +152,7 @@ class Producer:
             raise failure.error(written=0, queued=queued)
 
     def _flush(self, timeout: float) -> Failure | None:
-        with self._condition:
+        with self._lock:
             self._seal_partial()
             unwritten = self._unwritten()
             for entry in unwritten:
@@ -175,13 +179,13 @@ class Producer:
         return unwritten + count_backlog(self.target.majority, self.stream, enough)
 
     def _count_unwritten(self) -> int:
-        with self._condition:
+        with self._lock:
             partial = [self._partial] if self._partial is not None else []
             return sum(entry.left for entry in [*self._unwritten(), *partial])
 
     def _deliver(self, entry: Entry, timeout: float, before: int = 0) -> None:
         """Return when `entry` is acknowledged; `before` messages of the same call are stored."""
-        with self._condition:
+        with self._lock:
             self._seal_partial()
             self._queue.append(entry)
         if failure := self._await(entry, timeout):
@@ -197,7 +201,7 @@ class Producer:
         """Return when `entry` is acknowledged, written by another thread or else by this one, or why it is not."""
         deadline = time.monotonic() + timeout
         while True:
-            with self._condition:
+            with self._lock:
                 while self._writing and not entry.settled:
                     if not self._condition.wait(deadline - time.monotonic()) and not entry.settled:
                         self._give_up(entry, 'it waited for an append before it')
@@ -207,21 +211,21 @@ class Producer:
             try:
                 self._write(entry, deadline)
             finally:
-                with self._condition:
+                with self._lock:
                     self._writing = False
                     self._condition.notify_all()
 
     def _write(self, entry: Entry, deadline: float) -> None:
         """Insert what is in flight, or else the next of the queue; tell each entry what became of it."""
         if not self._in_flight:
-            with self._condition:
+            with self._lock:
                 self._in_flight = self._cut_records()
         try:
             written, refusal = self._insert_until(deadline)
         except PyMongoError as exc:
             # After an unclear attempt, also what is refused now may be stored.
             if is_passing(exc) or self._unclear:
-                with self._condition:
+                with self._lock:
                     self._give_up(entry, _reason(exc))
             else:
                 self._refuse(_reason(exc), all_in_flight=True)
@@ -273,7 +277,7 @@ class Producer:
 
     def _settle(self, count: int) -> None:
         """The first `count` record batches in flight are in MongoDB."""
-        with self._condition:
+        with self._lock:
             for entry, _, n in self._in_flight[:count]:
                 self._offset += n
                 entry.written += n
@@ -282,7 +286,7 @@ class Producer:
 
     def _refuse(self, reason: str, all_in_flight: bool) -> None:
         """What is left in flight is certainly not in MongoDB, and the server will not have the first of it."""
-        with self._condition:
+        with self._lock:
             in_flight, waiting = self._entries_in_flight(), self._unwritten()
             refused = in_flight if all_in_flight else waiting[:1]
             # What stays keeps its offsets while a copy of it may come late.
@@ -322,7 +326,7 @@ class Producer:
 
     def _linger(self) -> None:
         while True:
-            with self._condition:
+            with self._lock:
                 if self._partial is None:
                     self._lingering = False
                     return
@@ -355,10 +359,11 @@ def producer_of(target: Target, stream: str) -> Producer:
 
 def flush_all() -> None:
     """Write all that is queued in this process; called at its end."""
-    for producer in list(_registry.values()):
+    for key, producer in list(_registry.items()):
         try:
             producer.flush()
         except Exception as exc:
+            del _registry[key]  # so that a second call at the end does not wait once more
             logger.error('messages of %r were not written: %s', producer.stream, exc)
 
 
@@ -375,14 +380,15 @@ def encode(data: Any) -> bytes:
     except Exception as exc:
         path, reason = _culprit(data, exc)
         raise DataError(f'MongoDB cannot store data{path}: {reason}') from None
-    if len(raw) > MAX_MESSAGE_BYTES:
+    size = len(raw)
+    if size > MAX_MESSAGE_BYTES:
         key = max(data, key=lambda name: len(bson.encode({name: data[name]}, codec_options=CODEC)))
         raise DataError(
-            f'the message has {len(raw):,} bytes, MongoDB stores at most {MAX_MESSAGE_BYTES:,}; '
+            f'the message has {size:,} bytes, MongoDB stores at most {MAX_MESSAGE_BYTES:,}; '
             f'the largest value is data[{key!r}]'
         )
     # Cheap first: every level of nesting takes 7 bytes, one of which is 3 or 4.
-    if len(raw) > 7 * MAX_DEPTH and raw.count(b'\x03') + raw.count(b'\x04') > MAX_DEPTH and _depth(data) > MAX_DEPTH:
+    if size > 7 * MAX_DEPTH and raw.count(b'\x03') + raw.count(b'\x04') > MAX_DEPTH and _depth(data) > MAX_DEPTH:
         raise DataError(f'data is nested more than {MAX_DEPTH} levels deep')
     if b'$ref\x00' in raw and (path := _find_key(data, '$ref')):
         raise DataError(f'data{path} has the key $ref, which MongoDB reads back as a reference; rename it')
@@ -493,6 +499,8 @@ def _forget_inherited_producers() -> None:
     # A forked child writes through producers of its own; what its parent has queued is its parent's to write.
     global _registry_lock
     _registry_lock = threading.Lock()
+    for producer in _registry.values():
+        producer.inherited = True
     _registry.clear()
 
 

@@ -310,6 +310,18 @@ def test_an_idle_consumer_is_not_stalled(stream, db, caplog):
             eventually(lambda: 'stalled' in caplog.text, 0.5)
 
 
+def test_a_stream_as_a_sink_that_is_full_makes_windows_wait_and_no_dead_letters(url, stream, db):
+    full, seen = mb.stream('full', url=url, max_backlog=20, on_full='raise'), Seen()
+    appended(stream, 0, 0, 100)
+    with started(here(stream, lambda window: window.data, max_attempts=1, sink=full, ordered=True)):
+        eventually(lambda: db.group.find_one({'stream': 's', 'retried': {'$gt': 2}}))
+        emitter = mb.make_emitter('full', note, stream=full, size=10, executor=InThisThread, sink=seen)
+        with started(emitter):
+            eventually(lambda: seen.count() == 100)
+    assert not dead(db)
+    prove(seen.messages(), {0: 100})
+
+
 @pytest.mark.parametrize('start', ['earliest', 'latest'])
 def test_a_new_group_starts_where_it_is_told_to_and_only_once(stream, db, start):
     appended(stream, 0, 0, 20)

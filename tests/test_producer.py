@@ -262,3 +262,12 @@ def test_of_more_than_is_checked_at_once_a_wrong_message_says_how_many_are_store
     assert 0 < caught.value.written < 100
     assert caught.value.queued == 0
     prove_log(db, 's', {0: caught.value.written})
+
+
+@pytest.mark.integration
+def test_a_stream_is_opened_although_the_primary_steps_down_meanwhile(failing, own, caplog):
+    commands, error = ['createIndexes', 'findAndModify'], {'code': 189, 'errmsg': 'stepped down'}
+    stepped_down = {'failCommands': commands, 'writeConcernError': error}
+    failing.client.admin.command('configureFailPoint', 'failCommand', mode={'times': 2}, data=stepped_down)
+    mb.stream('s', url=failing.url(own.name)).append({'a': 1})
+    assert caplog.text.count('trying again') == 2
