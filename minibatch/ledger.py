@@ -54,10 +54,10 @@ def find_group(db: DB, stream: str, group: str) -> Doc | None:
     return db.group.find_one({'_id': group_id(stream, group)})
 
 
-def groups_of(db: DB, stream: str) -> list[Doc]:
+def groups_of(db: DB, stream: str, session: ClientSession | None = None) -> list[Doc]:
     """The consumer groups of a stream; the group without a name is the lease for adopting messages."""
     live = {'stream': stream, 'group': {'$ne': ''}, 'deleted': None}
-    return list(db.group.find({**id_prefix(f'{stream}/'), **live}))
+    return list(db.group.find({**id_prefix(f'{stream}/'), **live}, session=session))
 
 
 def take_lease(db: DB, stream: str, group: str, owner: Doc, seconds: float, instead_of: str, fields: Doc) -> Doc | None:
@@ -300,9 +300,10 @@ def _windows(stream: str, group: str, first: int, end: int | None = None) -> Doc
 # --- positions and progress
 
 
-def read_positions(db: DB, stream: str, group: str) -> dict[str, int]:
+def read_positions(db: DB, stream: str, group: str, session: ClientSession | None = None) -> dict[str, int]:
     """The position of a group in the log of each producer."""
-    found = db.position.find({**id_prefix(f'{stream}/{group}/'), 'stream': stream, 'group': group})
+    ours = {**id_prefix(f'{stream}/{group}/'), 'stream': stream, 'group': group}
+    found = db.position.find(ours, session=session)
     return {doc['producer']: int(doc['offset']) for doc in found}
 
 
@@ -358,7 +359,9 @@ def prune_positions(db: DB, stream: str, group: str, alive: Iterable[str], now: 
     db.position.delete_many({**id_prefix(f'{stream}/{group}/'), 'stream': stream, 'group': group, **idle})
 
 
-def write_progress(db: DB, stream: str, group: str, epoch: int, fields: Doc, counts: Doc) -> None:
+def write_progress(
+    db: DB, stream: str, group: str, epoch: int, fields: Doc, counts: Doc, session: ClientSession | None = None
+) -> None:
     """Write, after the positions, up to which number all windows are finished, and count them.
 
     Raises:
@@ -367,7 +370,8 @@ def write_progress(db: DB, stream: str, group: str, epoch: int, fields: Doc, cou
     update: Doc = {'$set': fields}
     if counts:
         update['$inc'] = counts
-    result = db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, update)
+    mine = {'_id': group_id(stream, group), 'lease.epoch': epoch}
+    result = db.group.update_one(mine, update, session=session)
     if result.matched_count == 0:
         raise LeaseLostError
 
@@ -375,25 +379,28 @@ def write_progress(db: DB, stream: str, group: str, epoch: int, fields: Doc, cou
 # --- retention
 
 
-def released(db: DB, stream: str, group: str, positions: dict[str, int]) -> tuple[dict[str, int], bool]:
+def released(
+    db: DB, stream: str, group: str, positions: dict[str, int], session: ClientSession | None = None
+) -> tuple[dict[str, int], bool]:
     """Up to which offset every group is finished with each producer, and whether what is processed is kept.
 
-    A group may keep it, or the stream, until it is `max_age` old.
+    A group may keep it, or the stream, until it is `max_age` old. The session is one that has just written, so that no
+    former primary, which may not know a new group, can answer.
     """
     limits = dict(positions)
-    keep = store.find_stream(db, stream).get('max_age') is not None
-    for other in groups_that_hold(db, stream):
+    keep = store.find_stream(db, stream, session).get('max_age') is not None
+    for other in groups_that_hold(db, stream, session):
         keep = keep or bool(other.get('keep'))
         if other['group'] != group:
-            theirs = read_positions(db, stream, other['group'])
+            theirs = read_positions(db, stream, other['group'], session)
             limits = {producer: min(offset, theirs.get(producer, 0)) for producer, offset in limits.items()}
     return limits, keep
 
 
-def groups_that_hold(db: DB, stream: str) -> list[Doc]:
+def groups_that_hold(db: DB, stream: str, session: ClientSession | None = None) -> list[Doc]:
     """The consumer groups that messages wait for: all but those that nobody has run for `group_expiry`."""
     expired = expired_groups(db, stream)
-    return [doc for doc in groups_of(db, stream) if doc['_id'] not in expired]
+    return [doc for doc in groups_of(db, stream, session) if doc['_id'] not in expired]
 
 
 def expired_groups(db: DB, stream: str) -> list[str]:

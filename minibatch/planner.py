@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import datetime, timedelta
@@ -61,6 +62,7 @@ class Planner:
         self.follower = Follower(self.target, self.name, self.group, taken, self.emitter.keep)
         self._adoption = Adoption(self.target, self.name, new_id)
         self._ends: dict[str, int] = {}
+        self._news: deque[dict[str, Any]] = deque()
         self._begun: set[str] = set()  # producers whose next message is known to be stored
         self._in_flight: dict[int, Task] = {}
         self._dispatched: set[int] = set()
@@ -149,6 +151,7 @@ class Planner:
         """One round of the loop; returns whether there was anything to do."""
         collected = self._collect()
         self._tend_source()
+        self._hear()
         now = self.lease.now()
         due = self.emitter.next_due()
         if time.monotonic() >= self._look_at or (due is not None and now >= due):
@@ -185,9 +188,20 @@ class Planner:
         if source is not None and self.stream.wants_source(source):
             self.stream.attach(source)
 
-    def _appended(self) -> None:
-        self._look_at, self._look_pause = 0.0, LOOK_PAUSES[0]
+    def _appended(self, record: dict[str, Any]) -> None:
+        self._news.append(record)
         self.consumer.wake()
+
+    def _hear(self) -> None:
+        """Take note of what was appended; where that is not what follows on what is known, look at the log."""
+        while self._news:
+            record = self._news.popleft()
+            producer, offset = record.get('producer', ''), record.get('offset')
+            known = self._ends.get(producer)
+            if known is None or offset is None or offset > known or self.emitter.picks:
+                self._look_at, self._look_pause = 0.0, LOOK_PAUSES[0]
+            else:
+                self._ends[producer] = max(known, offset + record.get('n', 1))
 
     # --- recover
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
+from pymongo.client_session import ClientSession
 from pymongo.errors import PyMongoError
 
 from . import dead, ledger, store
@@ -112,9 +113,10 @@ class Follower:
                 self._busy = True
             error: Exception | None = None
             try:
-                self._write(moved, number, frontier, counts)
-                self._written_number, moved, counts = number, {}, Counter()
-                self._retain(number)
+                with self._target.client.start_session(causal_consistency=True) as session:
+                    self._write(moved, number, frontier, counts, session)
+                    self._written_number, moved, counts = number, {}, Counter()
+                    self._retain(number, session)
             except Exception as exc:  # whatever it is, `follow` must not wait for ever
                 error = exc
                 logger.debug('could not follow', exc_info=True)
@@ -131,16 +133,19 @@ class Follower:
         with suppress(PyMongoError):  # else the next one looks again
             self._note_cleaned()
 
-    def _write(self, moved: dict[str, int], number: int, frontier: datetime | None, counts: Counter[str]) -> None:
+    def _write(
+        self, moved: dict[str, int], number: int, frontier: datetime | None, counts: Counter[str],
+        session: ClientSession,
+    ) -> None:  # fmt: skip
         db = self._target.majority
         ledger.write_positions(db, self._stream, self._group, self._epoch, moved)
         self._positions.update(moved)
         fields: dict[str, Any] = {'number': number}
         if frontier is not None:
             fields['frontier'] = frontier
-        ledger.write_progress(db, self._stream, self._group, self._epoch, fields, dict(counts))
+        ledger.write_progress(db, self._stream, self._group, self._epoch, fields, dict(counts), session)
 
-    def _retain(self, number: int) -> None:
+    def _retain(self, number: int, session: ClientSession) -> None:
         db = self._target.majority
         if not self._keep and number > self._deleted_number:
             ledger.delete_windows(db, self._stream, self._group, self._deleted_number + 1, number + 1)
@@ -148,7 +153,7 @@ class Follower:
         self._forget_idle_producers()
         self._trim_dead()
         self._warn_of_expired_groups()
-        limits, keep = ledger.released(db, self._stream, self._group, self._positions)
+        limits, keep = ledger.released(db, self._stream, self._group, self._positions, session)
         clean = store.mark_processed if keep else store.delete_records
         for producer, upto in limits.items():
             cleaned = self._cleaned.get(producer, 0)

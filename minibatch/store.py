@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import bson
 from bson import Int64, ObjectId
 from bson.raw_bson import RawBSONDocument
-from pymongo import ReturnDocument, UpdateOne
+from pymongo import ReturnDocument, UpdateOne, WriteConcern
+from pymongo.client_session import ClientSession
 from pymongo.collection import Collection
 from pymongo.database import Database
-from pymongo.errors import AutoReconnect, BulkWriteError, DuplicateKeyError
-from pymongo.read_concern import ReadConcern
+from pymongo.errors import BulkWriteError, DuplicateKeyError
 
 from .connection import is_passing
 
@@ -84,9 +84,9 @@ def open_stream(db: DB, name: str, options: Doc, now: datetime) -> Doc:
     return doc
 
 
-def find_stream(db: DB, name: str) -> Doc:
+def find_stream(db: DB, name: str, session: ClientSession | None = None) -> Doc:
     """The document of a stream, empty if there is none."""
-    return db.stream.find_one({'name': name}) or {}
+    return db.stream.find_one({'name': name}, session=session) or {}
 
 
 def stream_names(db: DB, limit: int) -> list[str]:
@@ -177,13 +177,11 @@ def insert_records(buffer: Collection[Any], records: list[Any]) -> tuple[int, st
 
 
 def is_stored(buffer: Collection[Any], record: Any) -> bool:
-    """Whether a record batch of ours is in the log, for certain."""
-    query = {'_id': record['_id']}
-    if buffer.find_one(query, {'_id': 1}) is not None:
-        return True
-    if buffer.with_options(read_concern=ReadConcern('local')).find_one(query, {'_id': 1}) is not None:
-        raise AutoReconnect('an insert has not reached the majority yet')
-    return False
+    """Whether a record batch of ours is in the log, for certain: the majority has it, or never will."""
+    db = buffer.database.with_options(write_concern=WriteConcern('majority'))
+    with db.client.start_session(causal_consistency=True) as session:
+        see_all(db, record['stream'], session)
+        return buffer.find_one({'_id': record['_id']}, {'_id': 1}, session=session) is not None
 
 
 def adopt_without_offset(db: DB, stream: str, producer: str, next_offset: int, limit: int = 1000) -> int:
@@ -278,16 +276,25 @@ def first_kept(db: DB, stream: str, producer: str, offset: int) -> int | None:
     return None if doc is None else int(doc['offset'])
 
 
-def read_records(db: DB, stream: str, span: Span) -> list[Doc]:
+def read_records(db: DB, stream: str, span: Span, session: ClientSession | None = None) -> list[Doc]:
     """The record batches that hold the messages of a span, in order; the outer ones may hold more."""
     if span.start >= span.end:
         return []
     fields = {'_id': 0, 'stream': 0, 'producer': 0, 'processed': 0}
-    found = list(db.buffer.find(_log_range(stream, span), fields, batch_size=5000).sort('offset', 1))
+    in_span = db.buffer.find(_log_range(stream, span), fields, batch_size=5000, session=session)
+    found = list(in_span.sort('offset', 1))
     if not found or found[0]['offset'] != span.start:
-        around = _record_around(db, stream, span.producer, span.start, fields)
+        around = _record_around(db, stream, span.producer, span.start, fields, session)
         found = [around, *found] if around is not None else found
     return found
+
+
+def see_all(db: DB, stream: str, session: ClientSession) -> None:
+    """After this a (causally consistent) session sees all that the majority had before.
+
+    A primary that has just been elected may not see it yet. When it has acknowledged a write, it does.
+    """
+    db.stream.update_one({'name': stream}, {'$currentDate': {'last_read': True}}, session=session)
 
 
 def read_times(db: DB, stream: str, span: Span, limit: int = 5000) -> Iterator[tuple[int, int, list[datetime]]]:
@@ -326,10 +333,12 @@ def _log_range(stream: str, span: Span) -> Doc:
     return {'stream': stream, 'producer': span.producer, 'offset': {'$gte': span.start, '$lt': span.end}}
 
 
-def _record_around(db: DB, stream: str, producer: str, offset: int, fields: Any = None) -> Doc | None:
+def _record_around(
+    db: DB, stream: str, producer: str, offset: int, fields: Any = None, session: ClientSession | None = None
+) -> Doc | None:
     # Bounded below: entries of deleted documents would make an open search slow.
     before = _log_range(stream, Span(producer, offset - MAX_BATCH, offset))
-    return db.buffer.find_one(before, fields, sort=[('offset', -1)])
+    return db.buffer.find_one(before, fields, sort=[('offset', -1)], session=session)
 
 
 # --- retention
@@ -337,16 +346,16 @@ def _record_around(db: DB, stream: str, producer: str, offset: int, fields: Any 
 
 def delete_records(db: DB, stream: str, span: Span) -> int:
     """Delete the record batches that lie wholly within a span; returns where the span is deleted up to."""
-    whole = _whole_batches(db, stream, span)
-    db.buffer.delete_many(_log_range(stream, whole))
-    return whole.end
+    with db.client.start_session(causal_consistency=True) as session:
+        db.buffer.delete_many(_whole_batches(stream, span), session=session)
+        return _end_of_whole_batches(db, stream, span, session)
 
 
 def mark_processed(db: DB, stream: str, span: Span) -> int:
     """Mark the record batches that lie wholly within a span as processed; returns where they are up to."""
-    whole = _whole_batches(db, stream, span)
-    db.buffer.update_many(_log_range(stream, whole), {'$set': {'processed': True}})
-    return whole.end
+    with db.client.start_session(causal_consistency=True) as session:
+        db.buffer.update_many(_whole_batches(stream, span), {'$set': {'processed': True}}, session=session)
+        return _end_of_whole_batches(db, stream, span, session)
 
 
 def delete_older(db: DB, stream: str, before: datetime) -> int:
@@ -381,10 +390,16 @@ def touch_stream(db: DB, stream: str, now: datetime) -> None:
     db.stream.update_one({'name': stream}, {'$set': {'last_read': now}})
 
 
-def _whole_batches(db: DB, stream: str, span: Span) -> Span:
-    last = _record_around(db, stream, span.producer, span.end, {'offset': 1, 'n': 1})
+def _whole_batches(stream: str, span: Span) -> Doc:
+    # What reaches beyond the span is left out by the write itself: what is read before it may be out of date by then,
+    # if it is of a primary that has been replaced.
+    return {**_log_range(stream, span), '$expr': {'$lte': [{'$add': ['$offset', '$n']}, span.end]}}
+
+
+def _end_of_whole_batches(db: DB, stream: str, span: Span, session: ClientSession) -> int:
+    last = _record_around(db, stream, span.producer, span.end, {'offset': 1, 'n': 1}, session)
     cut = last is not None and last['offset'] + last['n'] > span.end
-    return span._replace(end=int(last['offset'])) if last is not None and cut else span
+    return int(last['offset']) if last is not None and cut else span.end
 
 
 def id_prefix(prefix: str) -> Doc:
@@ -396,9 +411,9 @@ def id_prefix(prefix: str) -> Doc:
 
 
 def watch_inserts(db: DB, max_wait: float) -> Any:
-    """A change stream of the inserts into the log: each event has the name of the stream only."""
+    """A change stream of the inserts into the log: each event has stream, producer, offset and n only."""
     events: list[Doc] = [
         {'$match': {'operationType': 'insert'}},
-        {'$project': {'_id': 1, 'fullDocument.stream': 1}},
+        {'$project': {'_id': 1, **{f'fullDocument.{key}': 1 for key in ('stream', 'producer', 'offset', 'n')}}},
     ]
     return db.buffer.watch(events, max_await_time_ms=int(max_wait * 1000), batch_size=1000)

@@ -15,6 +15,7 @@ from pymongo.errors import OperationFailure, PyMongoError
 
 from . import store
 from .connection import Target
+from .store import Doc
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +30,17 @@ class Listener:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._calls: dict[object, tuple[str, Callable[[], None]]] = {}
+        self._calls: dict[object, tuple[str, Callable[[Doc], None]]] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self.supported = True
         self.is_open = False
 
-    def add(self, key: object, stream: str, call: Callable[[], None]) -> None:
-        """Call `call` after each append to `stream`, and once when the change stream is open."""
+    def add(self, key: object, stream: str, call: Callable[[Doc], None]) -> None:
+        """Call `call` after each append to `stream` with its place in the log: producer, offset, n.
+
+        When the change stream is opened, it is called once with nothing, for what was appended before.
+        """
         with self._changed:
             self._calls[key] = stream, call
             self._changed.notify_all()
@@ -73,14 +77,14 @@ class Listener:
         with store.watch_inserts(self._target.majority, MAX_WAIT) as events:
             self.is_open = True
             for _, call in list(self._calls.values()):
-                call()
+                call({})
             while self._calls:
                 event = events.try_next()
                 if event is not None:
-                    appended_to = event['fullDocument'].get('stream')
+                    record = event['fullDocument']
                     for stream, call in list(self._calls.values()):
-                        if stream == appended_to:
-                            call()
+                        if stream == record.get('stream'):
+                            call(record)
 
     def _pause(self, exc: Exception) -> None:
         logger.info('change stream broken, opening it again: %s', exc)

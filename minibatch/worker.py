@@ -25,13 +25,12 @@ import loky
 from . import connection, dead, marshaller, store
 from .abc import Completion
 from .connection import Target
-from .errors import DataError, MinibatchError
+from .errors import DataError
 from .marshaller import Portable
 from .messages import MessageWindow
 from .models import Window
 from .store import Span
 
-REREAD_PAUSES = (0.05, 0.2, 0.5)
 PARENT_CHECK = 0.5
 CAN_BLOCK = hasattr(signal, 'pthread_sigmask')
 
@@ -217,28 +216,11 @@ def _window(target: Target, stream: str, work: Work, found: dict[str, tuple[list
     if work.replay:
         return view(dead.records(db, work.id, work.spans))
     window = view([(span, _covering(span, *found[span.producer])) for span in work.spans])
-    for pause in REREAD_PAUSES:
-        # Where the log goes on behind them they were there, and have been deleted since.
-        if not window.missing or _deleted(target, stream, work.spans, store.log_ends(db, stream)):
-            return window
-        time.sleep(pause)  # a new primary may show them a moment later
-        window = view([(span, store.read_records(db, stream, span)) for span in work.spans])
-    ends = store.log_ends(db, stream)
-    if any(ends.get(span.producer, span.end) < span.end for span in work.spans):
-        raise MinibatchError(f'{window.missing} messages of window {work.id} are not in the log')
-    if len(_emptied) > 10_000:
-        _emptied.clear()
-    _emptied.update({(target, stream, span.producer): span.end for span in work.spans if span.producer not in ends})
+    if window.missing:  # they are deleted, or a new primary does not see them yet
+        with target.client.start_session(causal_consistency=True) as session:
+            store.see_all(db, stream, session)
+            window = view([(span, store.read_records(db, stream, span, session)) for span in work.spans])
     return window
-
-
-_emptied: dict[tuple[Target, str, str], int] = {}
-
-
-def _deleted(target: Target, stream: str, spans: list[Span], ends: dict[str, int]) -> bool:
-    return all(
-        max(ends.get(span.producer, 0), _emptied.get((target, stream, span.producer), 0)) >= span.end for span in spans
-    )
 
 
 def _covering(span: Span, offsets: list[int], records: list[Any]) -> list[Any]:

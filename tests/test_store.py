@@ -104,6 +104,15 @@ def test_only_whole_record_batches_are_deleted(log):
     assert store.count_messages(log, 's') == 0
 
 
+@pytest.mark.parametrize('clean', [store.delete_records, store.mark_processed])
+def test_a_record_batch_unknown_to_a_former_primary_is_not_deleted_with_those_before(log, monkeypatch, clean):
+    write(log, 'a', 0, 5)
+    write(log, 'a', 5, 5)
+    monkeypatch.setattr(store, '_record_around', lambda *args: None)
+    clean(log, 's', Span('a', 0, 7))
+    assert log.buffer.find_one({'offset': 5})['processed'] is False
+
+
 def test_messages_older_than_a_time_are_deleted_from_the_oldest_on(log):
     long_ago = clock.now() - timedelta(hours=1)
     write(log, 'a', 0, 10, time=long_ago)

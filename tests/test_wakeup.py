@@ -12,7 +12,7 @@ from minibatch.wakeup import Listener
 def test_a_listener_is_told_when_it_is_open_and_after_each_append_to_its_stream(url, db):
     stream, other = mb.Stream.get_or_create('s', url=url), mb.Stream.get_or_create('other', url=url)
     listener, told = Listener(Target(url, db.name)), []
-    listener.add('key', 's', lambda: told.append(1))
+    listener.add('key', 's', told.append)
     try:
         eventually(lambda: told, message='not told that it is open')
         assert listener.is_open
@@ -20,7 +20,8 @@ def test_a_listener_is_told_when_it_is_open_and_after_each_append_to_its_stream(
         other.append({'a': 1})
         stream.append({'a': 1})
         eventually(lambda: told, message='not told of the append')
-        assert len(told) == 1
+        (place,) = told
+        assert (place['producer'], place['offset'], place['n']) == (stream._producer.id, 0, 1)
     finally:
         listener.remove('key')
     eventually(lambda: not listener.is_open, message='open although nobody listens')
@@ -28,7 +29,7 @@ def test_a_listener_is_told_when_it_is_open_and_after_each_append_to_its_stream(
 
 def test_a_standalone_server_has_no_change_streams_and_that_is_found_out_once(standalone_url):
     listener, told = Listener(Target(standalone_url, 'x')), threading.Event()
-    listener.add('key', 's', told.set)
+    listener.add('key', 's', lambda record: told.set())
     eventually(lambda: not listener.supported)
     assert not listener.is_open
     listener.remove('key')
