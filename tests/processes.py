@@ -113,7 +113,8 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def gone(workers: list[psutil.Process]) -> None:
-    eventually(lambda: not any(map(is_alive, workers)), 5, 'workers outlive their parent')
+    # One that has only begun to start notices when it has imported what it needs.
+    eventually(lambda: not any(map(is_alive, workers)), 15, f'some outlive their parent: {workers}')
 
 
 def terminate(process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> None:

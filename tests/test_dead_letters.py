@@ -359,6 +359,9 @@ def test_an_exactly_once_sink_shows_each_window_once_although_the_commit_is_lost
     class Unsure(MongoSink):
         """It does not know, every third time, that it has done it."""
 
+        def put_many(self, results, windows):
+            return 0
+
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             self.calls, put_once = 0, self.put_once
@@ -390,6 +393,9 @@ def test_the_same_sink_keeps_each_window_once_on_a_standalone_server(standalone_
     calls = []
 
     class Doubtful(MongoSink):
+        def put_many(self, results, windows):
+            return 0
+
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             put_once = self.put_once
@@ -437,3 +443,52 @@ def test_messages_no_longer_wait_for_a_group_that_nobody_has_run_for_its_expiry(
         appended(stream, 0, 20, 30)
         eventually(lambda: not db.buffer.count_documents({}))
     assert caplog.text.count('group s/gone has not been run') == 1
+
+
+@pytest.mark.parametrize('ordered', [True, False])
+def test_a_sink_that_takes_many_windows_at_once_gets_each_once_and_the_bad_one_alone(stream, db, ordered):
+    class Bulk:
+        def __init__(self):
+            self.windows, self.calls = [], 0
+
+        def put(self, result):
+            if result['number'] == 7:
+                raise ValueError('seven')
+            self.windows.append(result['number'])
+
+        def put_many(self, results, windows):
+            self.calls += 1
+            taken = [result['number'] for result in results if result['number'] < 7 or result['number'] > 12][:5]
+            if taken != [result['number'] for result in results[: len(taken)]]:
+                raise ValueError('one of them')
+            self.windows += taken
+            return len(taken)
+
+    sink = Bulk()
+    appended(stream, 0, 0, 300)
+    with started(here(stream, note, max_attempts=2, sink=sink, ordered=ordered, size=10)):
+        eventually(lambda: db.group.find_one({'number': 30}))
+    assert sorted(sink.windows) == [number for number in range(1, 31) if number != 7]
+    assert not ordered or sink.windows == sorted(sink.windows)
+    assert [letter['number'] for letter in dead(db)] == [7]
+    assert sink.calls
+
+
+def test_many_windows_are_committed_with_their_results_in_one_transaction(stream, db):
+    transactions = []
+    commit = MongoSink._commit
+
+    class Counting(MongoSink):
+        def _commit(self, writes):
+            transactions.append(len(writes))
+            commit(self, writes)
+
+    appended(stream, 0, 0, 2000)
+    emitter = mb.make_emitter(
+        's', lambda window: window.data, stream=stream, size=1, workers=1, sink=Counting(db.once, exactly_once=True)
+    )
+    with started(emitter):
+        eventually(lambda: db.group.find_one({'number': 2000}))
+    prove([[doc['source'], doc['seq']] for doc in db.once.find().sort('seq', 1)], {0: 2000})
+    assert sum(transactions) == 2000
+    assert max(transactions) > 1

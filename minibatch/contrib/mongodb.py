@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 from pymongo import DeleteMany, ReadPreference, ReplaceOne, WriteConcern
 from pymongo.client_session import ClientSession
 from pymongo.collection import Collection
+from pymongo.errors import BulkWriteError
 from pymongo.read_concern import ReadConcern
 
 from minibatch.abc import WindowCommit
 from minibatch.errors import ArgumentError, DataError
 
 MAX_DOCUMENTS = 1_000_000
+MAX_WINDOWS = 200  # in one write, or transaction
 
 _Write: TypeAlias = 'ReplaceOne[Any] | DeleteMany'
 
@@ -103,26 +106,58 @@ class MongoSink:
         elif docs:
             self._collection.insert_many(docs)
 
+    def put_many(self, results: Sequence[Any], windows: Sequence[WindowCommit]) -> int:
+        """Write the results of many windows at once; returns how many. See `minibatch.abc.BulkSink`."""
+        results, windows = results[:MAX_WINDOWS], windows[:MAX_WINDOWS]
+        if self._exactly_once:
+            self._write_once(results, windows)
+        elif self._key:
+            docs = [doc for result in results for doc in _documents(result)]
+            if docs:
+                self._collection.bulk_write(_replacements(docs, self._key))
+        else:
+            return self._insert_many([_documents(result) for result in results])
+        return len(results)
+
+    def _insert_many(self, results: list[list[dict[str, Any]]]) -> int:
+        docs = [doc for result in results for doc in result]
+        try:
+            if docs:
+                self._collection.insert_many(docs)
+            return len(results)
+        except BulkWriteError as exc:
+            if not exc.details['writeErrors'] or exc.details.get('writeConcernErrors'):
+                raise
+            inserted = exc.details['writeErrors'][0]['index']
+        ends = accumulate(map(len, results))
+        return sum(1 for end in ends if end <= inserted)
+
     def _put_once(self, messages: Any, window: WindowCommit) -> None:
         """Write the result of one window so that it is there once; see the class. Raises as `put` does."""
-        docs = _documents(messages)
-        generated = 0 if self._key else _number(docs, window.id)
-        writes: list[_Write] = [*_replacements(docs, self._key or ('_id',))]
-        if window.joins(self._collection.database.client):
-            if docs:
-                self._commit(writes, window)
-            return
-        if not self._key:
-            writes.append(DeleteMany(_numbered_from(generated, window.id)))
-        if writes:
-            self._collection.bulk_write(writes)
+        self._write_once([messages], [window])
 
-    def _commit(self, writes: list[_Write], window: WindowCommit) -> None:
+    def _write_once(self, results: Sequence[Any], windows: Sequence[WindowCommit]) -> None:
+        joins = windows[0].joins(self._collection.database.client)
+        writes: list[tuple[WindowCommit, list[_Write]]] = []
+        for result, window in zip(results, windows, strict=True):
+            docs = _documents(result)
+            generated = 0 if self._key else _number(docs, window.id)
+            writes.append((window, [*_replacements(docs, self._key or ('_id',))]))
+            if not joins and not self._key:
+                writes[-1][1].append(DeleteMany(_numbered_from(generated, window.id)))
+        every = [write for _, some in writes for write in some]
+        if every and joins:
+            self._commit(writes)
+        elif every:
+            self._collection.bulk_write(every)
+
+    def _commit(self, writes: list[tuple[WindowCommit, list[_Write]]]) -> None:
         def attempt(session: ClientSession) -> None:
-            if window.commit(session):
-                self._collection.bulk_write(writes, session=session)
-            else:
+            new = [some for window, some in writes if window.commit(session)]
+            if not new:  # an earlier attempt has committed all of them, with their results
                 session.abort_transaction()
+            elif any(new):
+                self._collection.bulk_write([write for some in new for write in some], session=session)
 
         with self._collection.database.client.start_session() as session:
             session.with_transaction(

@@ -10,7 +10,7 @@ from pymongo.errors import BulkWriteError
 from servers import Mongod, Proxy, eventually
 
 import minibatch as mb
-from minibatch.abc import ExactlyOnceSink, Sink
+from minibatch.abc import BulkSink, ExactlyOnceSink, Sink
 from minibatch.contrib import mongodb
 from minibatch.contrib.mongodb import MongoSink
 from minibatch.errors import ArgumentError, DataError, LeaseLostError
@@ -425,3 +425,46 @@ def test_looking_for_what_an_earlier_attempt_left_reads_that_alone(alone):
     plan = alone.results.find(mongodb._numbered_from(90, WINDOW)).explain()['executionStats']
     assert plan['nReturned'] == 10
     assert plan['totalKeysExamined'] <= 11
+
+
+# --- many windows at once
+
+
+class Handle:
+    """What the core hands to a sink for a window, when nothing is to be committed."""
+
+    def __init__(self, id):
+        self.id = id
+
+    def joins(self, client):
+        return False
+
+
+def handles(count):
+    return [Handle(f's/g/{number:012d}') for number in range(count)]
+
+
+def test_results_of_many_windows_are_inserted_at_once_and_in_order(db):
+    sink = MongoSink(db.results)
+    assert isinstance(sink, BulkSink)
+    assert sink.put_many([[{'a': 1}, {'a': 2}], [], {'a': 3}], handles(3)) == 3
+    assert [doc['a'] for doc in db.results.find()] == [1, 2, 3]
+
+
+def test_of_many_windows_those_before_a_refused_document_are_delivered(db):
+    db.results.create_index('a', unique=True)
+    db.results.insert_one({'a': 3})
+    assert MongoSink(db.results).put_many([{'a': 1}, {'a': 2}, [{'a': 4}, {'a': 3}], {'a': 5}], handles(4)) == 2
+
+
+def test_many_windows_replace_by_their_key_in_order(db):
+    sink = MongoSink(db.results, upsert='k')
+    assert sink.put_many([{'k': 1, 'v': 1}, {'k': 2, 'v': 1}, {'k': 1, 'v': 2}], handles(3)) == 3
+    assert {doc['k']: doc['v'] for doc in db.results.find()} == {1: 2, 2: 1}
+
+
+def test_many_windows_of_another_server_are_written_by_id_and_again_without_harm(db):
+    sink = MongoSink(db.results, exactly_once=True)
+    for results in ([[{'a': 1}, {'a': 2}], {'a': 3}], [{'a': 1}, {'a': 3}]):
+        assert sink.put_many(results, handles(2)) == 2
+    assert [doc['a'] for doc in db.results.find().sort('_id', 1)] == [1, 3]
