@@ -21,6 +21,7 @@ from .errors import LeaseLostError
 from .store import DB, Doc, Span, id_prefix
 
 REPLAY_EPOCH = 0  # of a dead letter that waits to be replayed, and that nobody has taken on yet
+CHUNK = 1000
 DEAD: Doc = {'failed': {'$exists': True}, 'status': {'$in': ['failed', 'replay']}}
 
 
@@ -146,14 +147,24 @@ def sweep(db: DB, stream: str, group: str) -> None:
 def trim(db: DB, stream: str, group: str, before: datetime, most: int) -> int:
     """Delete dead letters that failed before a time, and the oldest of more than `most`. Returns how many."""
     dead = {'stream': stream, 'group': group, **DEAD, 'status': 'failed'}
-    numbers = [doc['_id'] for doc in db.window.find({**dead, 'failed': {'$lt': before}}, {'_id': 1})]
-    surplus = db.window.count_documents(dead) - len(numbers) - most
+    ids = [doc['_id'] for doc in db.window.find({**dead, 'failed': {'$lt': before}}, {'_id': 1})]
+    surplus = db.window.count_documents(dead) - len(ids) - most
     if surplus > 0:
         younger = {**dead, 'failed': {'$gte': before}}
-        numbers += [doc['_id'] for doc in db.window.find(younger, {'_id': 1}).sort('number', 1).limit(surplus)]
-    drop(db, numbers)
-    db.dead.delete_many({**id_prefix(f'{stream}/{group}/'), 'stream': stream, 'group': group, 'kept': {'$lt': before}})
-    return len(numbers)
+        ids += [doc['_id'] for doc in db.window.find(younger, {'_id': 1}).sort('number', 1).limit(surplus)]
+    trimmed = sum(discard(db, ids[at : at + CHUNK]) for at in range(0, len(ids), CHUNK))
+    _drop_orphans(db, stream, group, before)
+    return trimmed
+
+
+def _drop_orphans(db: DB, stream: str, group: str, before: datetime) -> None:
+    """Delete old copies of windows that are no dead letters, which crashes leave behind."""
+    theirs = {'stream': stream, 'group': group}
+    letters = {doc['_id'] for doc in db.window.find({**theirs, **DEAD}, {'_id': 1})}
+    old = db.dead.find({**id_prefix(f'{stream}/{group}/'), **theirs, 'kept': {'$lt': before}}, {'_id': 1})
+    orphans = [doc['_id'] for doc in old if doc['_id'].rpartition('+')[0] not in letters]
+    for at in range(0, len(orphans), CHUNK):
+        db.dead.delete_many({'_id': {'$in': orphans[at : at + CHUNK]}})
 
 
 def _copies(id_: str) -> Doc:

@@ -411,9 +411,13 @@ def expired_groups(db: DB, stream: str) -> list[str]:
     return [
         doc['_id']
         for doc in groups_now(db, stream)
-        if doc['now'] - max(doc[key] for key in ('taken', 'seen') if key in doc) > timedelta(seconds=expiry)
-        and doc['lease']['expires'] < doc['now']
+        if 'lease' in doc and doc['now'] - max(_signs_of_life(doc)) > timedelta(seconds=expiry)
     ]
+
+
+def _signs_of_life(doc: Doc) -> list[datetime]:
+    # A lease that ran out says when its holder was alive, one that was released says 1970.
+    return [doc['lease']['expires'], *(doc[key] for key in ('taken', 'seen') if key in doc)]
 
 
 # --- consumer groups, administered

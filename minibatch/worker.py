@@ -158,6 +158,8 @@ class Task:
         except Exception as exc:
             return _failure(work, exc, by_function=False)
         if window.missing and not len(window):
+            if work.replay:
+                return _failure(work, DataError('the copies of its messages are gone'), by_function=True)
             return Outcome(work.number, skipped=True, missing=window.missing)
         try:
             with self.limit.on(work.number) if self.limit is not None else nullcontext():

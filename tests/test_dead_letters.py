@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from processes import InThisThread, Seen, appended, note, prove, started
 from servers import eventually
 
 import minibatch as mb
-from minibatch import delivery, ledger, retention
+from minibatch import clock, delivery, ledger, retention
+from minibatch import dead as letters
 from minibatch.contrib.mongodb import MongoSink
 from minibatch.dead import REPLAY_EPOCH
 from minibatch.errors import ArgumentError, WindowFailedError
@@ -492,3 +494,40 @@ def test_many_windows_are_committed_with_their_results_in_one_transaction(stream
     prove([[doc['source'], doc['seq']] for doc in db.once.find().sort('seq', 1)], {0: 2000})
     assert sum(transactions) == 2000
     assert max(transactions) > 1
+
+
+def test_a_group_that_was_killed_after_a_long_life_is_not_expired(db, url):
+    stream = mb.stream('s', url=url, group_expiry=3600)
+    appended(stream, 0, 0, 10)
+    with started(here(stream, note)):
+        eventually(lambda: db.group.find_one({'number': 1}))
+    two_days_ago = clock.now() - timedelta(days=2)
+    died = {'taken': two_days_ago, 'seen': two_days_ago, 'lease.expires': clock.now() - timedelta(minutes=1)}
+    db.group.update_one({}, {'$set': died})
+    assert ledger.expired_groups(db, 's') == []
+    db.group.update_one({}, {'$set': {'lease.expires': two_days_ago}})
+    assert ledger.expired_groups(db, 's') == ['s/default']
+    db.group.update_one({}, {'$unset': {'lease': 1, 'taken': 1, 'seen': 1}})  # killed while it was made
+    assert ledger.expired_groups(db, 's') == []
+
+
+def test_copies_of_a_dead_letter_stay_as_long_as_it_does_and_those_of_no_dead_letter_go(stream, db):
+    appended(stream, 0, 0, 20)
+    with started(here(stream, poisoned, max_attempts=1)):
+        eventually(lambda: dead(db))
+    old = clock.now() - timedelta(days=40)
+    db.dead.update_many({}, {'$set': {'kept': old}})
+    db.dead.insert_one({'_id': 's/default/000000000001+000000000', 'stream': 's', 'group': 'default', 'kept': old})
+    assert letters.trim(db, 's', 'default', clock.now() - timedelta(days=30), 100) == 0
+    (copy,) = db.dead.find()
+    assert copy['_id'].startswith('s/default/000000000002+')
+
+
+def test_a_replay_without_its_messages_is_no_success(stream, db):
+    appended(stream, 0, 0, 20)
+    with started(here(stream, poisoned, max_attempts=1)):
+        eventually(lambda: dead(db))
+        db.dead.delete_many({})
+        replay(db)
+        gone = ['DataError: the copies of its messages are gone']
+        eventually(lambda: [letter['error'] for letter in dead(db)] == gone)
