@@ -50,10 +50,12 @@ PASSING_CODES = {
     91,  # ShutdownInProgress
     134,  # ReadConcernMajorityNotAvailableYet
     189,  # PrimarySteppedDown
+    237,  # CursorKilled
     262,  # ExceededTimeLimit
     9001,  # SocketException
     10107,  # NotWritablePrimary
     11600,  # InterruptedAtShutdown
+    11601,  # Interrupted
     11602,  # InterruptedDueToReplStateChange
     13435,  # NotPrimaryNoSecondaryOk
     13436,  # NotPrimaryOrSecondary

@@ -15,6 +15,7 @@ from datetime import datetime
 
 from bson import Int64
 from pymongo import ReplaceOne, UpdateOne
+from pymongo.client_session import ClientSession
 
 from . import ledger, store
 from .errors import LeaseLostError
@@ -27,9 +28,13 @@ DEAD: Doc = {'failed': {'$exists': True}, 'status': {'$in': ['failed', 'replay']
 
 def keep(db: DB, stream: str, group: str, id_: str, spans: list[Span], now: datetime) -> None:
     """Copy the messages of a window that is about to become a dead letter, for the log will not wait for it."""
-    pieces = [
-        (span.producer, *piece) for span in spans for piece in store.trim(span, store.read_records(db, stream, span))
-    ]
+    with db.client.start_session(causal_consistency=True) as session:
+        store.see_all(db, stream, session)
+        pieces = [
+            (span.producer, *piece)
+            for span in spans
+            for piece in store.trim(span, store.read_records(db, stream, span, session))
+        ]
     copies = []
     for i, (producer, record, first, end) in enumerate(pieces):
         cut: Doc = {key: record[key][first:end] for key in ('batch', 'times', 'meta') if key in record}
@@ -67,7 +72,7 @@ def fail(db: DB, failed: dict[str, Doc], epoch: int) -> set[str]:
 
 def take_replays(db: DB, stream: str, group: str, epoch: int, limit: int = 100) -> list[Doc]:
     """Make dead letters that somebody wants replayed ours, and return them, oldest first."""
-    asked = {'stream': stream, 'group': group, **DEAD, 'status': 'replay', 'epoch': {'$ne': epoch}}
+    asked = {'stream': stream, 'group': group, **DEAD, 'status': 'replay', 'epoch': {'$lt': epoch}}
     wanted = db.window.find(asked, {'_id': 1})
     ids = [doc['_id'] for doc in wanted.sort('number', 1).limit(limit)]
     if not ids:
@@ -75,21 +80,25 @@ def take_replays(db: DB, stream: str, group: str, epoch: int, limit: int = 100) 
     these = {'_id': {'$in': ids}, 'status': 'replay'}
     first_attempt = {'epoch': epoch, 'tried': '$attempts', 'attempts': {'$add': ['$attempts', 1]}}
     db.window.update_many({**these, 'epoch': REPLAY_EPOCH}, [{'$set': first_attempt}])
-    db.window.update_many(these, {'$set': {'epoch': epoch}})
-    docs = list(db.window.find({**these, 'epoch': epoch}).sort('number', 1))
+    with db.client.start_session(causal_consistency=True) as session:
+        older = {**these, 'epoch': {'$lt': epoch}}
+        db.window.update_many(older, {'$set': {'epoch': epoch}}, session=session)
+        docs = list(db.window.find({**these, 'epoch': epoch}, session=session).sort('number', 1))
     for doc in docs:
         doc['spans'] = ledger.all_spans(db, doc)
     return docs
 
 
-def read(db: DB, id_: str) -> list[Doc]:
+def read(db: DB, id_: str, session: ClientSession | None = None) -> list[Doc]:
     """The copies of the record batches of a dead letter, in its order."""
-    return list(db.dead.find(_copies(id_)).sort('_id', 1))
+    return list(db.dead.find(_copies(id_), session=session).sort('_id', 1))
 
 
-def records(db: DB, id_: str, spans: Iterable[Span]) -> list[tuple[Span, list[Doc]]]:
+def records(
+    db: DB, id_: str, spans: Iterable[Span], session: ClientSession | None = None
+) -> list[tuple[Span, list[Doc]]]:
     """The spans of a dead letter, each with the copies of its record batches."""
-    copies = read(db, id_)
+    copies = read(db, id_, session)
     return [
         (span, [c for c in copies if c['producer'] == span.producer and span.start <= c['offset'] < span.end])
         for span in spans
@@ -138,10 +147,10 @@ def drop(db: DB, ids: list[str], windows: bool = True) -> None:
         db.window.update_many({'_id': {'$in': ids}}, {'$unset': {'failed': 1, 'tried': 1, 'error': 1, 'traceback': 1}})
 
 
-def sweep(db: DB, stream: str, group: str) -> None:
+def sweep(db: DB, stream: str, group: str, keeps: bool) -> None:
     """Delete what a crash right after the commit of a replay has left."""
     replayed = {'stream': stream, 'group': group, **DEAD, 'status': 'processed'}
-    drop(db, [doc['_id'] for doc in db.window.find(replayed, {'_id': 1})])
+    drop(db, [doc['_id'] for doc in db.window.find(replayed, {'_id': 1})], windows=not keeps)
 
 
 def trim(db: DB, stream: str, group: str, before: datetime, most: int) -> int:
@@ -151,7 +160,7 @@ def trim(db: DB, stream: str, group: str, before: datetime, most: int) -> int:
     surplus = db.window.count_documents(dead) - len(ids) - most
     if surplus > 0:
         younger = {**dead, 'failed': {'$gte': before}}
-        ids += [doc['_id'] for doc in db.window.find(younger, {'_id': 1}).sort('number', 1).limit(surplus)]
+        ids += [doc['_id'] for doc in db.window.find(younger, {'_id': 1}).sort('failed', 1).limit(surplus)]
     trimmed = sum(discard(db, ids[at : at + CHUNK]) for at in range(0, len(ids), CHUNK))
     _drop_orphans(db, stream, group, before)
     return trimmed
@@ -164,7 +173,8 @@ def _drop_orphans(db: DB, stream: str, group: str, before: datetime) -> None:
     old = db.dead.find({**id_prefix(f'{stream}/{group}/'), **theirs, 'kept': {'$lt': before}}, {'_id': 1})
     orphans = [doc['_id'] for doc in old if doc['_id'].rpartition('+')[0] not in letters]
     for at in range(0, len(orphans), CHUNK):
-        db.dead.delete_many({'_id': {'$in': orphans[at : at + CHUNK]}})
+        # Again by age: a window that failed again has written its copies anew.
+        db.dead.delete_many({'_id': {'$in': orphans[at : at + CHUNK]}, 'kept': {'$lt': before}})
 
 
 def _copies(id_: str) -> Doc:

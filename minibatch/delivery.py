@@ -222,16 +222,22 @@ class Delivery:
         if errors:
             ledger.retry_windows(self._target.majority, errors, self._lease.epoch)
         if final:
-            self._bury(final)
+            self._stop_or_bury(final)
 
-    def _bury(self, final: dict[int, Outcome]) -> None:
-        """Make dead letters of windows, or stop, if that is what the user wants."""
+    def _stop_or_bury(self, final: dict[int, Outcome]) -> None:
+        """Make dead letters of windows; or, if that is what the user wants, stop, unless they were dead letters."""
         claims = [self._progress.open[number] for number in final]
-        if self._emitter.on_error == 'stop':
+        stopping = [claim for claim in claims if self._emitter.on_error == 'stop' and not claim.replay]
+        self._bury([claim for claim in claims if claim.replay or not stopping], final)
+        if stopping:
             raise WindowFailedError(
-                f'window {claims[0].id} has failed {claims[0].attempts} times, and on_error is stop; '
-                f'the last error was {final[claims[0].number].error}'
+                f'window {stopping[0].id} has failed {stopping[0].attempts} times, and on_error is stop; '
+                f'the last error was {final[stopping[0].number].error}'
             )
+
+    def _bury(self, claims: list[Claim], final: dict[int, Outcome]) -> None:
+        if not claims:
+            return
         db, now, fields = self._target.majority, self._lease.now(), {}
         for claim in claims:
             if not claim.replay:

@@ -37,6 +37,7 @@ from .store import DB, DUPLICATE_KEY, Doc, Span, id_prefix
 
 MAX_SPANS = 100_000
 VOID_KEPT = timedelta(days=1)
+MAX_SESSIONS = 100
 IDLE_POSITION_KEPT = timedelta(days=1)
 UNFINISHED: Doc = {'status': {'$in': ['open', 'replay']}}
 PROCESSED: Doc = {'status': 'processed', 'processed': True}
@@ -105,7 +106,8 @@ def note_session(db: DB, stream: str, group: str, epoch: int, session: Binary) -
         LeaseLostError: if another consumer has the lease.
     """
     mine = {'_id': group_id(stream, group), 'lease.epoch': epoch}
-    if db.group.update_one(mine, {'$addToSet': {'sessions': session}}).matched_count == 0:
+    latest = {'$each': [session], '$slice': -MAX_SESSIONS}
+    if db.group.update_one(mine, {'$push': {'sessions': latest}}).matched_count == 0:
         raise LeaseLostError
 
 
@@ -162,9 +164,9 @@ def window_id(stream: str, group: str, number: int) -> str:
     return f'{stream}/{group}/{number:012d}'
 
 
-def next_number(db: DB, stream: str, group: str, first: int) -> int:
+def next_number(db: DB, stream: str, group: str, first: int, session: ClientSession | None = None) -> int:
     """The number after the last window from number `first` on."""
-    last = db.window.find_one(_windows(stream, group, first), {'number': 1}, sort=[('_id', -1)])
+    last = db.window.find_one(_windows(stream, group, first), {'number': 1}, sort=[('_id', -1)], session=session)
     return first if last is None else int(last['number']) + 1
 
 
@@ -183,11 +185,14 @@ def fence(db: DB, stream: str, group: str, epoch: int, number: int, now: datetim
             number += 1
 
 
-def adopt_windows(db: DB, stream: str, group: str, epoch: int, first: int, end: int) -> list[Doc]:
+def adopt_windows(
+    db: DB, stream: str, group: str, epoch: int, first: int, end: int, session: ClientSession | None = None
+) -> list[Doc]:
     """Make the open windows from number `first` to below `end` ours; returns all windows there, in order."""
     numbers = _windows(stream, group, first, end)
-    db.window.update_many({**numbers, 'status': 'open'}, {'$set': {'epoch': epoch}})
-    docs = list(db.window.find({**numbers, 'status': {'$ne': 'void'}}).sort('_id', 1))
+    theirs = {**numbers, 'status': 'open', 'epoch': {'$lt': epoch}}
+    db.window.update_many(theirs, {'$set': {'epoch': epoch}}, session=session)
+    docs = list(db.window.find({**numbers, 'status': {'$ne': 'void'}}, session=session).sort('_id', 1))
     for doc in docs:
         doc['spans'] = all_spans(db, doc)
     return docs

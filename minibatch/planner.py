@@ -73,6 +73,7 @@ class Planner:
         self._unbatched: dict[str, int] = {}
         self._ended_well = self._drains = False
         self._alone: Claim | None = None
+        self._late: dict[int, str] = {}  # windows that took too long, of the pool that broke just now
 
     def __enter__(self) -> Planner:
         with ExitStack() as stack:
@@ -137,9 +138,9 @@ class Planner:
         while True:
             self._plan(now)
             self._dispatch(tried)
-            if not self._in_flight:
+            if not self._in_flight and not self._collect():  # else results that were held are delivered now
                 break
-            self.consumer.wait(TICK)
+            self.consumer.wait(TICK if self._in_flight else 0)
             self._collect()
             for number, claim in self.progress.open.items():
                 if claim.suspect and claim.failures == 1 and number not in self._dispatched:
@@ -149,6 +150,8 @@ class Planner:
 
     def _turn(self) -> bool:
         """One round of the loop; returns whether there was anything to do."""
+        if not self.lease.valid:
+            raise LeaseLostError
         collected = self._collect()
         self._tend_source()
         self._hear()
@@ -179,7 +182,8 @@ class Planner:
         due = self.emitter.next_due()
         if due is not None:
             until.append((due - self.lease.now()).total_seconds())
-        until += [claim.not_before - time.monotonic() for claim in self.progress.open.values() if claim.not_before]
+        now = time.monotonic()
+        until += [claim.not_before - now for claim in self.progress.open.values() if claim.not_before > now]
         self.consumer.wait(max(min(until), 0.001))
 
     def _tend_source(self) -> None:
@@ -209,19 +213,22 @@ class Planner:
         """Take over: fence off the predecessor, adopt its open windows, and go on from where it was."""
         db, doc = self.target.majority, self.lease.doc
         number = int(doc['number'])
-        if doc.get('sessions'):
-            ledger.end_sessions(db, self.name, self.group, self.epoch, doc['sessions'], doc['clean'])
-        if doc.get('deleted'):
-            ledger.clear_group(db, self.name, self.group, self.epoch, number)
-        if doc.get('reset'):
-            ledger.finish_reset(db, self.name, self.group, self.epoch, doc['reset'])
-        following = ledger.next_number(db, self.name, self.group, number + 1)
-        if not doc['clean']:
-            following = ledger.fence(db, self.name, self.group, self.epoch, following, self.lease.now())
-        windows = ledger.adopt_windows(db, self.name, self.group, self.epoch, number + 1, following)
+        self._finish_what_was_decided(doc, number)
+        with self.target.client.start_session(causal_consistency=True) as session:
+            store.see_all(db, self.name, session)
+            following = ledger.next_number(db, self.name, self.group, number + 1, session)
+            if not self.lease.valid:
+                raise LeaseLostError
+            if not doc['clean']:
+                following = ledger.fence(db, self.name, self.group, self.epoch, following, self.lease.now())
+                store.see_all(db, self.name, session)
+            windows = ledger.adopt_windows(db, self.name, self.group, self.epoch, number + 1, following, session)
+            started = doc.get('started') or doc.get('reset') or (number and not doc.get('deleted'))
+            positions = ledger.read_positions(db, self.name, self.group, session)
+            if not started:
+                positions = self._first_positions(positions)
         ledger.sweep_windows(db, self.name, self.group, number, self.lease.now())
-        dead.sweep(db, self.name, self.group)
-        positions = ledger.read_positions(db, self.name, self.group) or self._first_positions()
+        dead.sweep(db, self.name, self.group, self.emitter.keep)
         frontier = doc.get('frontier') and clock.aware(doc['frontier'])
         self.progress = Progress(number, following, positions, frontier)
         self.delivery = Delivery(self.emitter, self.target, self.lease, self.progress, self.follower)
@@ -236,22 +243,33 @@ class Planner:
                 continue
             self.progress.finished(window['number'], window['spans'], end)
             if self.emitter.picks:  # its messages may not have been acknowledged
-                self.emitter.commit(self._claim_of(window, start, end).picked, None)
+                self.emitter.commit(self._claim_of({**window, 'status': 'processed'}, start, end).picked, None)
         ends = [clock.aware(window['end']) for window in windows if window.get('end')]
         if self.progress.frontier is not None:
             ends.append(self.progress.frontier)
         self.log = LogView(self, max(ends, default=None))
         self.follower.resume(positions, ledger.read_cleaned(db, self.name, self.group))
 
-    def _first_positions(self) -> dict[str, int]:
-        """The first positions of a new group."""
-        db, positions = self.target.majority, {}
-        doc = self.lease.doc
-        if not doc.get('started'):
-            if self.emitter.start_at == 'latest' or doc.get('deleted'):  # whose zombie may still write its own
-                positions = ledger.offsets_at(db, self.name, self.emitter.start_at)
-                ledger.write_positions(db, self.name, self.group, self.epoch, positions)
-            ledger.start_group(db, self.name, self.group, self.epoch)
+    def _finish_what_was_decided(self, doc: dict[str, Any], number: int) -> None:
+        """What the predecessor, or whoever administers the group, has left half done."""
+        db = self.target.majority
+        if doc.get('sessions'):
+            ledger.end_sessions(db, self.name, self.group, self.epoch, doc['sessions'], doc['clean'])
+        if doc.get('deleted'):
+            ledger.clear_group(db, self.name, self.group, self.epoch, number)
+        if doc.get('reset'):
+            ledger.finish_reset(db, self.name, self.group, self.epoch, doc['reset'])
+        if doc.get('stalled'):
+            ledger.write_stalled(db, self.name, self.group, self.epoch, None)
+
+    def _first_positions(self, positions: dict[str, int]) -> dict[str, int]:
+        """Where a new group begins."""
+        db = self.target.majority
+        # A zombie of a group that was deleted may still write positions of its own.
+        if self.emitter.start_at == 'latest' or self.lease.doc.get('deleted'):
+            positions = ledger.offsets_at(db, self.name, self.emitter.start_at)
+            ledger.write_positions(db, self.name, self.group, self.epoch, positions)
+        ledger.start_group(db, self.name, self.group, self.epoch)
         return positions
 
     def _claim_of(self, window: dict[str, Any], start: Any, end: Any) -> Claim:
@@ -289,15 +307,24 @@ class Planner:
         self._look_at = time.monotonic() + self._pause_after_look(news=self._ends != before)
 
     def _skip_to(self, producer: str, first: int) -> None:
+        if first > self.progress.planned.get(producer, 0):  # what was before it is deleted, or not to be seen yet
+            db = self.target.majority
+            with self.target.client.start_session(causal_consistency=True) as session:
+                store.see_all(db, self.name, session)
+                planned = self.progress.planned.get(producer, 0)
+                first = store.first_kept(db, self.name, producer, planned, session) or first
         skipped = self.progress.skip_to(producer, first)
         if skipped:
             self.delivery.expired(skipped)
 
     def _take_replays(self) -> None:
-        if time.monotonic() < self._replay_at:
+        room = max(self.consumer.at_once // 2, 1) - sum(claim.replay for claim in self.progress.open.values())
+        if room < 1 or time.monotonic() < self._replay_at:
             return
-        self._replay_at = time.monotonic() + REPLAY_PAUSE
-        for window in dead.take_replays(self.target.majority, self.name, self.group, self.epoch):
+        windows = dead.take_replays(self.target.majority, self.name, self.group, self.epoch, room)
+        if len(windows) < room:  # else there may be more
+            self._replay_at = time.monotonic() + REPLAY_PAUSE
+        for window in windows:
             start, end = (window.get(key) and clock.aware(window[key]) for key in ('start', 'end'))
             self.progress.claim(self._claim_of(window, start, end))
 
@@ -315,13 +342,12 @@ class Planner:
             raise LeaseLostError
         per_task = self._windows_per_task(CLAIM_WINDOWS)
         wanted = min(self.consumer.at_once * per_task, CLAIM_WINDOWS)
-        failing = sum(1 for claim in self.progress.open.values() if claim.not_before)
-        limit = min(
-            wanted - (len(self.progress.open) - len(self._dispatched) - len(self.delivery.held) - failing),
-            MAX_OPEN - len(self.progress.open),
-        )
+        busy = self._dispatched | self.delivery.held.keys()
+        new = [claim for claim in self.progress.open.values() if not claim.replay]
+        waiting = sum(1 for claim in new if not claim.not_before and claim.number not in busy)
+        limit = min(wanted - waiting, MAX_OPEN - len(new))
         if self.emitter.picks:
-            plans = self._picked() if not self.progress.open else []
+            plans = self._picked() if not new else []
         else:
             plans = self.emitter.plan(cast(Any, self.log), now, limit) if limit > wanted // 2 else []
         if not plans:
@@ -445,6 +471,7 @@ class Planner:
 
     def _collect(self) -> bool:
         """Take the outcomes of finished tasks to where they belong; returns whether there were any."""
+        self._late.clear()
         # All at once: what is not looked at because of an error on the way is no longer in flight either.
         finished = [item for item in self.consumer.finished_tasks() if self._in_flight.pop(id(item[0]), None)]
         outcomes = [outcome for task, completion in finished for outcome in self._outcomes(task, completion)]
@@ -468,14 +495,15 @@ class Planner:
     def _lost(self, task: Task, exc: Exception, alone: bool) -> list[Outcome]:
         """The windows of a worker that died: one that took too long is to blame, else one that ran alone."""
         limit = self.consumer.limit
-        exceeded = limit.exceeded() if limit is not None else {}
+        if limit is not None:
+            self._late.update(limit.exceeded())
         error, outcomes = cause_of_loss(exc), []
         for work in task.works:
-            if limit is not None and work.number in exceeded:
+            if limit is not None and work.number in self._late:
                 late = f'TimeoutError: the function did not return within timeout={limit.seconds:g} s'
-                outcomes.append(Outcome(work.number, error=late, traceback=exceeded[work.number], by_function=True))
+                outcomes.append(Outcome(work.number, error=late, traceback=self._late[work.number], by_function=True))
                 continue
-            self.progress.open[work.number].suspect = not exceeded
+            self.progress.open[work.number].suspect = not self._late
             outcomes.append(Outcome(work.number, error=error, by_function=alone, lost=True))
         if not alone:
             logger.warning('%s: a worker was lost with %d windows, which are run again: %s', self.emitter.name,

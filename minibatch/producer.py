@@ -38,7 +38,7 @@ RECORD_MESSAGES = 1000
 RECORD_BYTES = 1 << 20
 INSERT_BYTES = 16 << 20
 CHECKED_BYTES = 64 << 20
-MAX_MESSAGE_BYTES = (16 << 20) - 4096
+MAX_MESSAGE_BYTES = (16 << 20) - 8192
 MAX_DEPTH = 170
 CODEC: Any = bson.CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
 RETRY_PAUSES = (0.1, 1.0)
@@ -106,7 +106,7 @@ class Producer:
 
     def append(self, data: Any, meta: Any = None, limits: Limits = UNLIMITED) -> None:
         """Append one message and return when it is acknowledged."""
-        raw, frozen = encode(data), encode_meta(meta)
+        raw, frozen = encode_both(data, meta)
         self._take_room(1, limits)
         self._deliver(Entry([raw], [clock.now()], [frozen]), limits.timeout)
 
@@ -114,7 +114,7 @@ class Producer:
         self, data: Any, meta: Any, batchsize: int, linger: float, limits: Limits = UNLIMITED
     ) -> None:
         """Append one message to the record batch being filled; write that when full, or after `linger` seconds."""
-        raw, frozen = encode(data), None if meta is None else encode_meta(meta)
+        raw, frozen = encode_both(data, meta)
         if limits.max_backlog is not None:
             self._take_room(1, limits)
         with self._lock:
@@ -393,6 +393,22 @@ def encode(data: Any) -> bytes:
     if b'$ref\x00' in raw and (path := _find_key(data, '$ref')):
         raise DataError(f'data{path} has the key $ref, which MongoDB reads back as a reference; rename it')
     return raw
+
+
+def encode_both(data: Any, meta: Any) -> tuple[bytes, RawBSONDocument | None]:
+    """A message and what is said about it; see `encode` and `encode_meta`.
+
+    Raises:
+        DataError: also if they are too large together.
+    """
+    raw = encode(data)
+    if meta is None:
+        return raw, None
+    frozen = encode_meta(meta)
+    size = len(raw) + (0 if frozen is None else len(frozen.raw))
+    if size > MAX_MESSAGE_BYTES:
+        raise DataError(f'data and meta have {size:,} bytes together, MongoDB stores at most {MAX_MESSAGE_BYTES:,}')
+    return raw, frozen
 
 
 def encode_meta(meta: Any) -> RawBSONDocument | None:

@@ -15,6 +15,7 @@ from pymongo.errors import PyMongoError
 
 from . import dead, ledger, store
 from .connection import Target
+from .errors import LeaseLostError
 from .lease import Lease
 from .store import Span
 
@@ -37,7 +38,7 @@ class Follower:
 
     def __init__(self, target: Target, stream: str, group: str, taken: Lease, keep: bool) -> None:
         self._target, self._stream, self._group, self._keep = target, stream, group, keep
-        self._epoch, self._now = taken.epoch, taken.now
+        self._lease, self._epoch, self._now = taken, taken.epoch, taken.now
         self._changed = threading.Condition()
         self._moved: dict[str, int] = {}
         self._number = self._written_number = self._deleted_number = 0
@@ -158,6 +159,8 @@ class Follower:
         for producer, upto in limits.items():
             cleaned = self._cleaned.get(producer, 0)
             if upto > cleaned:
+                if not self._lease.valid:
+                    raise LeaseLostError
                 self._cleaned[producer] = clean(db, self._stream, Span(producer, cleaned, upto))
                 self._newly_cleaned[producer] = self._cleaned[producer]
         if time.monotonic() - self._read_marked > READ_MARK_PAUSE:

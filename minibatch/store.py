@@ -263,14 +263,19 @@ def count_unprocessed(db: DB, stream: str) -> int:
     return sum(int(doc['n']) for doc in db.buffer.aggregate([{'$match': unread}, total]))
 
 
-def first_kept(db: DB, stream: str, producer: str, offset: int) -> int | None:
+def first_kept(
+    db: DB, stream: str, producer: str, offset: int, session: ClientSession | None = None
+) -> int | None:
     """The first offset from `offset` on whose message is still stored."""
     doc = db.buffer.find_one(
-        {'stream': stream, 'producer': producer, 'offset': {'$gte': offset}}, {'offset': 1}, sort=[('offset', 1)]
+        {'stream': stream, 'producer': producer, 'offset': {'$gte': offset}},
+        {'offset': 1},
+        sort=[('offset', 1)],
+        session=session,
     )
     if doc is not None and doc['offset'] == offset:
         return offset
-    around = _record_around(db, stream, producer, offset)
+    around = _record_around(db, stream, producer, offset, session=session)
     if around is not None and around['offset'] + around['n'] > offset:
         return offset
     return None if doc is None else int(doc['offset'])

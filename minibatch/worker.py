@@ -216,12 +216,16 @@ def _window(target: Target, stream: str, work: Work, found: dict[str, tuple[list
 
     db = target.majority
     if work.replay:
-        return view(dead.records(db, work.id, work.spans))
-    window = view([(span, _covering(span, *found[span.producer])) for span in work.spans])
+        window = view(dead.records(db, work.id, work.spans))
+    else:
+        window = view([(span, _covering(span, *found[span.producer])) for span in work.spans])
     if window.missing:  # they are deleted, or a new primary does not see them yet
         with target.client.start_session(causal_consistency=True) as session:
             store.see_all(db, stream, session)
-            window = view([(span, store.read_records(db, stream, span, session)) for span in work.spans])
+            if work.replay:
+                window = view(dead.records(db, work.id, work.spans, session))
+            else:
+                window = view([(span, store.read_records(db, stream, span, session)) for span in work.spans])
     return window
 
 

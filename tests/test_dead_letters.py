@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -531,3 +532,75 @@ def test_a_replay_without_its_messages_is_no_success(stream, db):
         replay(db)
         gone = ['DataError: the copies of its messages are gone']
         eventually(lambda: [letter['error'] for letter in dead(db)] == gone)
+
+
+def test_replays_of_many_dead_letters_do_not_keep_new_windows_waiting(stream, db):
+    replayed, seen = [], Seen()
+
+    def slow_again(window):
+        if window.attempt > 1:
+            replayed.append(window.id)
+            time.sleep(0.05)
+        return note(window)
+
+    appended(stream, 0, 0, 40)
+    with started(here(stream, lambda window: 1 / 0, size=1, max_attempts=1)):
+        eventually(lambda: len(dead(db)) == 40)
+    replay(db)
+    with started(here(stream, slow_again, size=1, workers=1, sink=seen)):
+        eventually(lambda: replayed)
+        appended(stream, 0, 40, 50)
+        eventually(lambda: [0, 49] in seen.messages())
+        assert len(replayed) < 40
+        eventually(lambda: seen.count() == 50)
+    assert sorted(replayed) == sorted(set(replayed))
+
+
+def test_a_replay_that_fails_does_not_end_a_consumer_that_stops_on_errors(stream, db):
+    appended(stream, 0, 0, 20)
+    with started(here(stream, poisoned, max_attempts=1)):
+        eventually(lambda: dead(db))
+    replay(db)
+    seen = Seen()
+    emitter = here(stream, poisoned, max_attempts=1, on_error='stop', sink=seen)
+    with started(emitter):
+        eventually(lambda: [letter['attempts'] for letter in dead(db)] == [2])
+        appended(stream, 0, 20, 30)
+        eventually(lambda: seen.count() == 10)
+    assert emitter.error is None
+
+
+def test_a_group_that_was_killed_while_it_took_the_latest_positions_takes_them_again(stream, db):
+    appended(stream, 0, 0, 10)
+    with started(here(stream, note, start='latest')):
+        eventually(lambda: db.group.find_one({'started': True}))
+    db.group.update_one({}, {'$unset': {'started': 1}})
+    db.position.delete_many({})
+    seen = Seen()
+    with started(here(stream, note, start='latest', sink=seen)):
+        eventually(lambda: db.group.find_one({'started': True}))
+        appended(stream, 0, 10, 20)
+        eventually(lambda: seen.messages() == [[0, seq] for seq in range(10, 20)])
+
+
+def test_a_consumer_that_waits_for_a_retried_window_does_not_spin(stream, db):
+    release, turns = threading.Event(), []
+
+    def hangs_at_second_attempt(window):
+        if window.attempt == 1:
+            raise ValueError
+        release.wait(30)
+        return note(window)
+
+    appended(stream, 0, 0, 10)
+    pool = ThreadPoolExecutor(1)
+    emitter = mb.make_emitter('s', hangs_at_second_attempt, stream=stream, size=10, executor=pool, max_workers=1)
+    emitter.should_stop = lambda: turns.append(1) or emitter._stop
+    with started(emitter):
+        eventually(lambda: db.window.find_one({'attempts': 2}))
+        before = len(turns)
+        with pytest.raises(AssertionError):
+            eventually(lambda: len(turns) > before + 200, 1.0)
+        release.set()
+        eventually(lambda: db.group.find_one({'number': 1}))
+    pool.shutdown()

@@ -174,3 +174,17 @@ def test_dead_letters_are_found_through_their_index(log):
     plan = log.command('explain', {'find': 'window', 'filter': query, 'sort': {'stream': 1, 'group': 1, 'number': 1}})
     assert "'indexName': 'dead'" in str(plan['queryPlanner']['winningPlan'])
     assert "'SORT'" not in str(plan['queryPlanner']['winningPlan'])
+
+
+def test_a_consumer_that_lost_its_lease_takes_no_windows_back(log):
+    ledger.claim_windows(log, [window(1, epoch=1)], epoch=1)
+    assert [doc['epoch'] for doc in ledger.adopt_windows(log, 's', 'g', 3, 1, 2)] == [3]
+    assert [doc['epoch'] for doc in ledger.adopt_windows(log, 's', 'g', 2, 1, 2)] == [3]
+
+
+def test_few_sessions_are_noted(log, monkeypatch):
+    monkeypatch.setattr(ledger, 'MAX_SESSIONS', 3)
+    epoch = ledger.take_lease(log, 's', 'g', owner('1'), 60, '', {})['lease']['epoch']
+    for i in range(5):
+        ledger.note_session(log, 's', 'g', epoch, i)
+    assert log.group.find_one()['sessions'] == [2, 3, 4]

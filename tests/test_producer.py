@@ -271,3 +271,13 @@ def test_a_stream_is_opened_although_the_primary_steps_down_meanwhile(failing, o
     failing.client.admin.command('configureFailPoint', 'failCommand', mode={'times': 2}, data=stepped_down)
     mb.stream('s', url=failing.url(own.name)).append({'a': 1})
     assert caplog.text.count('trying again') == 2
+
+
+@pytest.mark.integration
+def test_data_and_meta_that_are_too_large_together_are_refused_and_hold_nothing_up(url, db):
+    stream = mb.stream('s', url=url, batchsize=10)
+    with pytest.raises(DataError, match='data and meta have 17,'):
+        stream.append({'source': 0, 'seq': 0}, meta={'headers': 'x' * (17 << 20)})
+    stream.append({'source': 0, 'seq': 0})
+    stream.flush()
+    prove_log(db, 's', {0: 1})
