@@ -173,8 +173,6 @@ class Stream(_Model):
     interval = FloatField()
     last_read = DateTimeField()
     format = IntField()
-    batchsize = IntField()
-    linger = FloatField()
     max_age = FloatField()
     max_backlog = IntField()
     on_full = StringField()
@@ -200,7 +198,8 @@ class Stream(_Model):
     ) -> Stream:
         """Open a stream, and create it if there is none of this name.
 
-        All options but `timeout` and `cnx_kwargs` are stored with the stream, for all who open it later.
+        `interval`, `max_age`, `max_backlog`, `on_full` and `group_expiry` are stored with the stream, for all who open
+        it later. The others are of this handle: what an append promises is not changed by another program.
 
         Args:
             name: the name of the stream.
@@ -228,16 +227,15 @@ class Stream(_Model):
             ArgumentError: naming the argument.
             UnreachableError: if MongoDB does not answer.
         """
-        numbers = {'interval': interval, 'batchsize': batchsize, 'max_age': max_age, 'linger': linger,
-                   'max_backlog': max_backlog, 'group_expiry': group_expiry}  # fmt: skip
-        given: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
+        given = _given(interval=interval, max_age=max_age, max_backlog=max_backlog, group_expiry=group_expiry)
+        own = _given(batchsize=batchsize, linger=linger, timeout=timeout)
         check_name('the name of a stream', name)
-        check_options(given if timeout is None else {**given, 'timeout': timeout})
+        check_options({**given, **own})
         if on_full is not None:
             if on_full not in ('block', 'raise'):
                 raise ArgumentError(f"on_full must be 'block' or 'raise', not {on_full!r}")
             given['on_full'] = on_full
-        return cls._open(name, target(url, **(cnx_kwargs or {})), given, timeout)
+        return cls._open(name, target(url, **(cnx_kwargs or {})), given, **own)
 
     @classmethod
     def find(cls, name: str, url: str | None = None, **cnx: Any) -> Stream:
@@ -262,7 +260,10 @@ class Stream(_Model):
         return cls._open(name, where, {})
 
     @classmethod
-    def _open(cls, name: str, where: Target, options: dict[str, Any], timeout: float | None = None) -> Stream:
+    def _open(
+        cls, name: str, where: Target, options: dict[str, Any],
+        batchsize: int = 1, linger: float = 1.0, timeout: float = TIMEOUT,
+    ) -> Stream:  # fmt: skip
         where.check()
         limited = 'on_full' not in options or 'max_backlog' in options
         if not limited and not store.find_stream(where.majority, name).get('max_backlog'):
@@ -270,9 +271,8 @@ class Stream(_Model):
         stream: Stream = cls._from_son(_opened(where, name, options))
         stream._target = where
         stream._get_collection = lambda: where.db.stream  # type: ignore[method-assign]
-        stream._batchsize = options.get('batchsize') or stream.batchsize or 1
-        stream._linger = 1.0 if stream.linger is None else stream.linger
-        stream._limits = Limits(stream.max_backlog, stream.on_full or 'block', timeout or TIMEOUT)
+        stream._batchsize, stream._linger = batchsize, linger
+        stream._limits = Limits(stream.max_backlog, stream.on_full or 'block', timeout)
         if stream.max_age:
             _clear_in_background(where, name, stream.max_age)
         return stream
@@ -544,6 +544,10 @@ def check_name(what: str, name: Any, forbidden: str = '\0') -> None:
     unfit = any(char in forbidden or 0xD800 <= ord(char) <= 0xDFFF for char in name)
     if len(name) > MAX_NAME or unfit:
         raise ArgumentError(f'{what} must have at most {MAX_NAME} characters, and none of {forbidden!r}: {name[:60]!r}')
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -2,8 +2,7 @@
 
 Collections (see docs/architecture.rst for why):
 
-``stream``    {name, status, created, closed, interval, last_read, format, batchsize, linger, max_age, group_expiry,
-              max_backlog, on_full}
+``stream``    {name, status, created, closed, interval, last_read, format, max_age, group_expiry, max_backlog, on_full}
 ``buffer``    a record batch: {_id, stream, producer, offset, n, created, processed}, and
 
               - ``data`` when n is 1, else ``batch`` with n documents

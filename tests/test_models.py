@@ -109,7 +109,6 @@ def test_messages_wait_for_a_full_batch_or_a_flush(stream):
 
 def test_a_single_append_writes_what_waits_before_it(stream):
     batched, plain = mb.stream('mixed', batchsize=10, linger=3600), mb.stream('mixed')
-    plain._batchsize = 1
     batched.append({'a': 1})
     plain.append({'a': 2})
     assert [(record.offset, record.data) for record in plain.buffer()] == [(0, {'a': 1}), (1, {'a': 2})]
@@ -165,9 +164,15 @@ def test_something_that_is_no_source_is_refused(stream):
 
 
 def test_a_stream_that_exists_can_be_found_with_its_options(stream):
-    mb.stream('t', interval=2.5, batchsize=3)
+    mb.stream('t', interval=2.5, max_age=3)
     found = mb.Stream.find('t')
-    assert (found.name, found.interval, found._batchsize) == ('t', 2.5, 3)
+    assert (found.name, found.interval, found.max_age) == ('t', 2.5, 3)
+
+
+def test_an_append_promises_the_same_whatever_batchsize_another_program_has(stream):
+    mb.stream('t', batchsize=10, linger=3600)
+    mb.stream('t').append({'a': 1})
+    assert [record.data for record in mb.Stream.find('t').buffer()] == [{'a': 1}]
 
 
 def test_a_stream_that_does_not_exist_is_not_made_and_those_that_do_are_named(stream):
