@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bson import Binary
 from pymongo import MongoClient
 from pymongo.client_session import ClientSession
+from pymongo.errors import PyMongoError
 
 from . import connection, dead, ledger
 from .abc import BulkSink, ExactlyOnceSink
@@ -143,8 +144,7 @@ class Delivery:
             raise
         except Exception as exc:
             logger.debug('sink failed', exc_info=True)
-            # A stream as a sink that is full, or not reachable, is a matter of time and not of the window.
-            outcome.error, outcome.by_function = f'sink: {type(exc).__name__}: {exc}', not isinstance(exc, ServerError)
+            outcome.error, outcome.by_function = f'sink: {type(exc).__name__}: {exc}', not _is_matter_of_time(exc)
             failed[outcome.number] = outcome
             return False
         self._delivered(claim, outcome, committed)
@@ -260,6 +260,12 @@ class Delivery:
 def _epitaph(claim: Claim, outcome: Outcome, now: datetime) -> dict[str, Any]:
     error, trace = outcome.error[:MAX_ERROR], outcome.traceback[-MAX_TRACEBACK:]
     return {'error': error, 'traceback': trace, 'failed': now, 'attempts': claim.attempts}
+
+
+def _is_matter_of_time(exc: Exception) -> bool:
+    """Whether a sink failed because it is full, or not reachable, whatever the window is."""
+    passing = isinstance(exc, PyMongoError) and connection.is_passing(exc)
+    return passing or isinstance(exc, (ServerError, ConnectionError, TimeoutError))
 
 
 def _pause(claim: Claim) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from processes import InThisThread, Seen, appended, note, prove, started
+from pymongo.errors import AutoReconnect
 from servers import eventually
 
 import minibatch as mb
@@ -323,6 +324,26 @@ def test_a_stream_as_a_sink_that_is_full_makes_windows_wait_and_no_dead_letters(
             eventually(lambda: seen.count() == 100)
     assert not dead(db)
     prove(seen.messages(), {0: 100})
+
+
+@pytest.mark.parametrize('error', [ConnectionError, TimeoutError, AutoReconnect])
+def test_a_sink_that_is_not_reachable_is_waited_for_and_costs_no_attempt(stream, db, error):
+    class Away:
+        """A sink that comes back at the third call."""
+
+        calls, taken = 0, []
+
+        def put(self, result):
+            self.calls += 1
+            if self.calls < 3:
+                raise error('away')
+            self.taken.append(result)
+
+    appended(stream, 0, 0, 10)
+    with started(here(stream, lambda window: len(window), max_attempts=1, sink=(sink := Away()))):
+        eventually(lambda: db.group.find_one({'number': 1}))
+    assert (sink.taken, sink.calls) == ([10], 3)
+    assert db.window.count_documents({'status': 'failed'}) == 0
 
 
 @pytest.mark.parametrize('start', ['earliest', 'latest'])
