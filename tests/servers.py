@@ -88,7 +88,7 @@ class Mongod:
         self.replica_set = replica_set
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
-        self._home: Path | None = None
+        self.home: Path | None = None
 
     @property
     def pid(self) -> int:
@@ -106,7 +106,7 @@ class Mongod:
     def start(self) -> Mongod:
         """Start it, the first time or again, and wait until it takes writes."""
         assert self.process is None, 'already running'
-        self._home = self._home or Path(tempfile.mkdtemp(prefix='minibatch-test-'))
+        self.home = self.home or Path(tempfile.mkdtemp(prefix='minibatch-test-'))
         self.process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                         stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -150,9 +150,9 @@ class Mongod:
         self._disconnect()
         if self.process:
             self.kill()
-        if self._home:
-            shutil.rmtree(self._home, ignore_errors=True)
-            self._home = None
+        if self.home:
+            shutil.rmtree(self.home, ignore_errors=True)
+            self.home = None
 
     def __enter__(self) -> Mongod:
         return self.start()
@@ -167,8 +167,8 @@ class Mongod:
         except NoMongodError as error:
             missing(str(error))
         name = 'rs0' if self.replica_set is True else self.replica_set
-        return [str(program), '--bind_ip', '127.0.0.1', '--port', str(self.port), '--dbpath', str(self._home),
-                '--logpath', f'{self._home}/mongod.log', '--logappend', '--nounixsocket',
+        return [str(program), '--bind_ip', '127.0.0.1', '--port', str(self.port), '--dbpath', str(self.home),
+                '--logpath', f'{self.home}/mongod.log', '--logappend', '--nounixsocket',
                 '--wiredTigerCacheSizeGB', '0.25', '--setParameter', 'diagnosticDataCollectionEnabled=false',
                 *(('--replSet', name, '--oplogSize', '64') if name else ()), *self.options]
 
@@ -185,7 +185,7 @@ class Mongod:
     def _hello(self, client: MongoClient[dict[str, Any]]) -> dict[str, Any]:
         assert self.process
         if self.process.poll() is not None:
-            log = Path(f'{self._home}/mongod.log')
+            log = Path(f'{self.home}/mongod.log')
             tail = log.read_text().splitlines()[-5:] if log.exists() else ['no log']
             raise AssertionError('\n'.join([f'mongod ended with code {self.process.returncode}', *tail]))
         try:

@@ -30,6 +30,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from bson import CodecOptions
+from bson.raw_bson import RawBSONDocument
 from processes import HEADINGS, SCRIPTS, Row, running, table, workers_of
 from pymongo.errors import PyMongoError
 from servers import Mongod, ReplicaSet, eventually
@@ -43,6 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 DRAIN = 120.0
 STOP = 60.0
+RAW: Any = CodecOptions(document_class=RawBSONDocument)
 FILLER = -1
 
 Process = subprocess.Popen[str]
@@ -61,6 +64,7 @@ class Soak:
         self.errors: list[str] = []
         self.over = threading.Event()
         self.sources = itertools.count()
+        self.lost: list[tuple[str, int, int]] = []
         kinds = {
             'processes': [self.kill_consumer, self.stop_consumer, self.freeze_consumer, self.kill_worker,
                           self.kill_producer],
@@ -250,6 +254,7 @@ class Soak:
         for source, (_, acknowledged) in counts.items():
             kept = max(acknowledged, shown[source].rfind(1) + 1)  # of what was in flight a part may be there
             row.lost += shown[source].count(0, 0, kept)
+            self.lost += [(group, source, seq) for seq in range(kept) if not shown[source][seq]]
         row.repeated = self.called_again(group)
         return row
 
@@ -266,6 +271,20 @@ class Soak:
                 if data['source'] != FILLER:
                     found[data['source']].append(data['seq'])
         return found
+
+    def keep_evidence(self) -> None:
+        """Write down what was lost, and all that the servers have done, and what they have taken back."""
+        (self.folder / 'lost').write_text('\n'.join(map(str, self.lost)))
+        with open(self.folder / 'oplog.bson', 'wb') as file:
+            oplog = self.servers.client.local.get_collection('oplog.rs', RAW)
+            for operation in oplog.find({'ns': {'$regex': '^soak|^admin'}}):
+                file.write(operation.raw)
+        for i, member in enumerate(self.servers.members):
+            for name in ('rollback', 'mongod.log'):
+                found = Path(str(member.home), name)
+                if found.exists():
+                    copy = shutil.copytree if found.is_dir() else shutil.copy
+                    copy(found, self.folder / f'{name}-{i}')
 
     def called_again(self, group: str) -> int:
         """How many messages the function was given again."""
@@ -291,6 +310,8 @@ def main() -> int:
         soak = Soak(servers, folder, log, args.rate, args.seed, stack)
         soak.run(args.minutes * 60)
         rows = [soak.prove('a', 'group a, exactly-once sink'), soak.prove('b', 'group b, plain sink')]
+        if soak.lost:
+            soak.keep_evidence()
     print(table(HEADINGS, [row.cells() for row in rows]))
     print(table(['fault', 'times'], [[name, str(times)] for name, times in sorted(soak.faults.items())]))
     failed = soak.errors or rows[0].doubled or any(row.lost or not row.ordered for row in rows)
