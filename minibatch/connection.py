@@ -67,6 +67,7 @@ _clients: dict[tuple[Any, ...], MongoClient[dict[str, Any]]] = {}
 _inherited: list[Any] = []
 _default: Target | None = None
 _first: Target | None = None
+_polls = False
 _using: ContextVar[Target | None] = ContextVar('minibatch_using', default=None)
 _using_stream: ContextVar[str | None] = ContextVar('minibatch_using_stream', default=None)
 
@@ -180,6 +181,12 @@ def choose(default: Target | None) -> None:
     _default = default
 
 
+def poll_servers() -> None:
+    """Let clients watch their servers by polling, for workers: a client that does so is closed half a second sooner."""
+    global _polls
+    _polls = True
+
+
 def current() -> Target:
     """The database of models: that of `using`, else `connectdb`'s, else the first one opened, else see `target`."""
     return _using.get() or _default or _first or target()
@@ -285,6 +292,8 @@ def is_passing(exc: PyMongoError) -> bool:
     if isinstance(exc, BulkWriteError):
         errors = exc.details.get('writeErrors') or ()
         return bool(exc.details.get('writeConcernErrors')) or any(e['code'] in PASSING_CODES for e in errors)
+    if isinstance(exc, ConfigurationError):  # a member that has just started does not know yet whether it has sessions
+        return 'Sessions are not supported' in str(exc)
     code = exc.code if isinstance(exc, OperationFailure) else None
     labelled = exc.timeout or exc.has_error_label('RetryableWriteError')
     return labelled or isinstance(exc, (AutoReconnect, WriteConcernError)) or code in PASSING_CODES
@@ -298,6 +307,8 @@ def _connect(url: str, options: dict[str, Any]) -> MongoClient[dict[str, Any]]:
     options.setdefault('appname', 'minibatch')
     if 'sockettimeoutms=' not in url.lower():  # a server that is frozen must not hold us for ever
         options.setdefault('socketTimeoutMS', SOCKET_TIMEOUT_MS)
+    if _polls and 'servermonitoringmode=' not in url.lower():
+        options.setdefault('serverMonitoringMode', 'poll')
     try:
         client: MongoClient[dict[str, Any]] = MongoClient(url, **options)
     except (InvalidURI, ConfigurationError, ValueError, TypeError) as exc:
