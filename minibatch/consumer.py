@@ -145,7 +145,7 @@ class Consumer:
         workers = self.emitter.max_workers or os.cpu_count() or 1
         self.at_once = 2 * workers
         if given is None:
-            with self._limit(), Pool(workers, self._fn) as self.executor:
+            with self._limit(), Pool(workers, self._fn, self.emitter.stream.target) as self.executor:
                 yield
         elif isinstance(given, type):
             takes_workers = 'max_workers' in inspect.signature(given).parameters

@@ -21,17 +21,20 @@ from typing import Any
 
 import cloudpickle
 import loky
+import pymongo
+from pymongo.errors import PyMongoError
 
 from . import connection, dead, marshaller, store
 from .abc import Completion
 from .connection import Target
-from .errors import DataError
+from .errors import DataError, MinibatchError
 from .marshaller import Portable
 from .messages import MessageWindow
 from .models import Window
 from .store import Span
 
 PARENT_CHECK = 0.5
+WARM_UP_TIMEOUT = 5.0
 CAN_BLOCK = hasattr(signal, 'pthread_sigmask')
 
 
@@ -258,8 +261,8 @@ class Pool:
     """The default executor: worker processes that know the function, do not run the caller's script again, and end
     when their parent does."""
 
-    def __init__(self, workers: int, fn: Portable | None) -> None:
-        self._workers = workers
+    def __init__(self, workers: int, fn: Portable | None, target: Target | None = None) -> None:
+        self._workers, self._target = workers, target
         self._pending: set[Completion] = set()
         self._function = (fn.digest, fn.blob) if fn is not None else None
         if fn is not None:
@@ -273,7 +276,8 @@ class Pool:
         resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if CAN_BLOCK else set()
         try:
-            self._executor.submit(_nothing)
+            for _ in range(self._workers):
+                self._executor.submit(_warm_up, self._target)
         finally:
             if CAN_BLOCK:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -306,8 +310,11 @@ def cause_of_loss(exc: Exception) -> str:
     return f'{type(exc).__name__}: {str(exc).partition(chr(10))[0]}'
 
 
-def _nothing() -> None:
-    """Submitted first, so that the workers start while the consumer takes its lease."""
+def _warm_up(target: Target | None) -> None:
+    """Submitted first, so that the workers start, and connect, while the consumer takes its lease."""
+    with suppress(MinibatchError, PyMongoError), pymongo.timeout(WARM_UP_TIMEOUT):
+        if target is not None:
+            target.client.admin.command('ping')
 
 
 def _set_up_worker(parent: int, function: tuple[str, bytes] | None) -> None:
@@ -315,6 +322,7 @@ def _set_up_worker(parent: int, function: tuple[str, bytes] | None) -> None:
     if CAN_BLOCK:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with, args=(parent,), name='minibatch-parent', daemon=True).start()
+    connection.poll_servers()
     if function is not None:
         marshaller.install(*function)
 
