@@ -206,7 +206,8 @@ class Stream(_Model):
             url: a MongoDB URL, see `connectdb` for what holds without one.
             interval: seconds; the interval of the windows of `Stream.streaming` if that names none.
             batchsize: messages appended one by one are written as one record batch when there are so many.
-                `append` then only queues; they are acknowledged by the append that fills the batch, or by `flush`.
+                `append` then only queues, and `flush` acknowledges them. One batch is written while the next one is
+                filled; the append that fills that one waits for it, and raises if it could not be written.
             max_age: seconds for which messages are kept, processed or not; then they are deleted. Their age is that
                 of the time their producer gave them, by the clock of the server. Without it a message is deleted
                 when all consumer groups have processed it.

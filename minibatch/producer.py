@@ -43,6 +43,7 @@ MAX_DEPTH = 170
 CODEC: Any = bson.CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
 RETRY_PAUSES = (0.1, 1.0)
 ROOM_PAUSES = (0.05, 0.5)
+THREAD_IDLE = 1.0
 UNLIMITED = Limits()
 
 _registry: dict[tuple[Target, str], Producer] = {}
@@ -101,7 +102,8 @@ class Producer:
         self._writing = False
         self._partial: Entry | None = None
         self._partial_due = 0.0
-        self._lingering = False
+        self._behind: Entry | None = None  # the last record batch that was full
+        self._thread: threading.Thread | None = None
         self._room = Room(self._count_backlog)
 
     def append(self, data: Any, meta: Any = None, limits: Limits = UNLIMITED) -> None:
@@ -113,7 +115,10 @@ class Producer:
     def append_later(
         self, data: Any, meta: Any, batchsize: int, linger: float, limits: Limits = UNLIMITED
     ) -> None:
-        """Append one message to the record batch being filled; write that when full, or after `linger` seconds."""
+        """Append one message to the record batch being filled, which is written when full, or after `linger` seconds.
+
+        It is written while the next one is filled. The append that fills that one waits for it.
+        """
         raw, frozen = encode_both(data, meta)
         if limits.max_backlog is not None:
             self._take_room(1, limits)
@@ -122,13 +127,13 @@ class Producer:
             if partial is None:
                 partial = self._partial = Entry([], [], [], stays=True)
                 self._partial_due = time.monotonic() + linger
-                self._watch_linger()
+                self._start_thread()
             datas = partial.datas
             datas.append(raw)
             partial.times.append(clock.now())
             partial.meta.append(frozen)
             full = len(datas) >= batchsize
-        if full and (failure := self._flush(limits.timeout)):
+        if full and (failure := self._write_behind(limits.timeout)):
             raise failure.error(written=0, queued=1)
 
     def append_many(self, items: Iterable[Any], limits: Limits = UNLIMITED) -> int:
@@ -158,6 +163,16 @@ class Producer:
             for entry in unwritten:
                 entry.failure = None
         return self._await(unwritten[-1], timeout) if unwritten else None
+
+    def _write_behind(self, timeout: float) -> Failure | None:
+        """Have the record batch being filled written by the thread in the background; wait for the one before it."""
+        with self._lock:
+            before, self._behind = self._behind, self._partial
+            self._seal_partial()
+            self._condition.notify_all()
+        if before is None:
+            return None
+        return self._flush(timeout) if before.failure else self._await(before, timeout)
 
     def _take_room(self, wanted: int, limits: Limits, written: int = 0) -> int:
         """Take room for 1 to `wanted` messages, or raise `BacklogFullError`; `written` is for the error."""
@@ -319,25 +334,37 @@ class Producer:
     def _entries_in_flight(self) -> list[Entry]:
         return list({id(entry): entry for entry, _, _ in self._in_flight}.values())
 
-    def _watch_linger(self) -> None:
-        if not self._lingering:
-            self._lingering = True
-            threading.Thread(target=self._linger, name=f'minibatch-linger-{self.stream}', daemon=True).start()
+    def _start_thread(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=f'minibatch-append-{self.stream}', daemon=True)
+            self._thread.start()
 
-    def _linger(self) -> None:
-        while True:
+    def _run(self) -> None:
+        """Write record batches that are full, or have waited for `linger`, until there are none for a while."""
+        while self._wait_for_due():
             with self._lock:
-                if self._partial is None:
-                    self._lingering = False
-                    return
-                pause = self._partial_due - time.monotonic()
-            if pause > 0:
-                time.sleep(pause)
-                continue
+                if self._partial is not None and self._partial_due <= time.monotonic():
+                    self._seal_partial()
+                due = [entry for entry in self._unwritten() if not entry.settled]
             try:
-                self.flush()
+                if due and (failure := self._await(due[-1], TIMEOUT)):
+                    raise failure.error(written=0, queued=self._count_unwritten())
             except Exception as exc:
+                for entry in due:
+                    entry.failure = entry.failure or Failure(ServerError, str(exc))
                 logger.error('messages of %r stay queued until the next append or flush: %s', self.stream, exc)
+
+    def _wait_for_due(self) -> bool:
+        """Wait until there is something to write; False if there is nothing to come, which ends the thread."""
+        with self._lock:
+            while self._behind is None or self._behind.settled:
+                pause = THREAD_IDLE if self._partial is None else self._partial_due - time.monotonic()
+                if pause <= 0:
+                    return True
+                if not self._condition.wait(pause) and self._partial is None:
+                    self._thread = None
+                    return False
+            return True
 
 
 def new_id() -> str:

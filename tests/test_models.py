@@ -101,7 +101,7 @@ def test_messages_wait_for_a_full_batch_or_a_flush(stream):
     batched.append({'a': 2})
     assert batched.buffer().count() == 0
     batched.append({'a': 3})
-    assert [len(record.batch) for record in batched.buffer()] == [3]
+    eventually(lambda: [len(record.batch) for record in batched.buffer()] == [3])
     with batched:
         batched.append({'a': 4})
     assert [record.n for record in batched.buffer()] == [3, 1]

@@ -224,17 +224,36 @@ def test_what_stays_queued_is_not_dropped_when_it_is_refused_later(failing, own,
 
 
 @pytest.mark.integration
-def test_with_a_batchsize_the_message_whose_append_failed_is_queued(failing, own, fail):
+def test_the_append_that_fills_a_batch_tells_that_the_one_before_has_failed(failing, own, fail, caplog):
     stream = mb.stream('s', url=failing.url(own.name), batchsize=3, linger=3600, timeout=0.3)
     fail(UNAUTHORIZED)
-    stream.append({'source': 0, 'seq': 0})
-    stream.append({'source': 0, 'seq': 1})
+    for seq in range(5):
+        stream.append({'source': 0, 'seq': seq})
+    eventually(lambda: 'stay queued until the next append or flush' in caplog.text)
     with pytest.raises(ServerError, match='flush') as caught:
-        stream.append({'source': 0, 'seq': 2})
+        stream.append({'source': 0, 'seq': 5})
     assert (caught.value.written, caught.value.queued) == (0, 1)
     fail(0)
     stream.flush()
-    prove_log(own, 's', {0: 3})
+    prove_log(own, 's', {0: 6})
+
+
+@pytest.mark.integration
+def test_a_full_batch_is_written_while_the_next_one_is_filled_and_no_third_one_piles_up(failing, own):
+    stream = mb.stream('s', url=failing.url(own.name), batchsize=3, linger=3600, timeout=20)
+    failing.pause()
+    try:
+        for seq in range(5):
+            stream.append({'source': 0, 'seq': seq})
+        third = threading.Thread(target=stream.append, args=({'source': 0, 'seq': 5},))
+        third.start()
+        eventually(lambda: len(stream._producer._queue) == 1)
+        assert third.is_alive()
+    finally:
+        failing.resume()
+    third.join(20)
+    stream.flush()
+    prove_log(own, 's', {0: 6})
 
 
 @pytest.mark.integration
