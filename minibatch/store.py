@@ -397,7 +397,8 @@ def touch_stream(db: DB, stream: str, now: datetime) -> None:
 def _whole_batches(stream: str, span: Span) -> Doc:
     # What reaches beyond the span is left out by the write itself: what is read before it may be out of date by then,
     # if it is of a primary that has been replaced.
-    return {**_log_range(stream, span), '$expr': {'$lte': [{'$add': ['$offset', '$n']}, span.end]}}
+    whole = {'$expr': {'$lte': [{'$add': ['$offset', '$n']}, span.end]}}
+    return {**_log_range(stream, span), '$or': [{'n': 1}, whole]}  # one message is whole, and cheaper to see
 
 
 def _end_of_whole_batches(db: DB, stream: str, span: Span, session: ClientSession) -> int:

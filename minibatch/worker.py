@@ -217,12 +217,12 @@ def _window(target: Target, stream: str, work: Work, found: dict[str, tuple[list
         place = (work.id, stream, work.number, work.created, work.start, work.end, work.attempt)
         return MessageWindow(*place, records, as_picked=work.picked)
 
-    db = target.majority
     if work.replay:
-        window = view(dead.records(db, work.id, work.spans))
+        window = view(dead.records(target.majority, work.id, work.spans))
     else:
         window = view([(span, _covering(span, *found[span.producer])) for span in work.spans])
     if window.missing:  # they are deleted, or a new primary does not see them yet
+        db = target.majority
         with target.client.start_session(causal_consistency=True) as session:
             store.see_all(db, stream, session)
             if work.replay:
