@@ -41,7 +41,7 @@ REPLAY_PAUSE = 1.0
 LOOK_PAUSE_UNTOLD = 0.05
 LOOK_PAUSE_BUSY = 0.01
 ADOPTION_PAUSE = 1.0
-LISTEN_BUSY = 2.0
+LISTEN_RATE = 1000.0
 TASK_SECONDS = 0.05
 TASK_WINDOWS = 200
 TASK_MESSAGES = 20_000
@@ -68,8 +68,8 @@ class Planner:
         self._dispatched: set[int] = set()
         self._look_at = self._adopt_at = self._replay_at = 0.0
         self._look_pause = LOOK_PAUSES[0]
-        self._rested = 0.0
         self._listening = False
+        self._heard, self._heard_since = 0, 0.0
         self._unbatched: dict[str, int] = {}
         self._ended_well = self._drains = False
         self._alone: Claim | None = None
@@ -162,9 +162,6 @@ class Planner:
         planned = self._plan(now)
         dispatched = self._dispatch()
         self._follow()
-        if self._listening and time.monotonic() - self._rested > LISTEN_BUSY:
-            listener(self.target).remove(self)
-            self._listening = False
         return collected or planned or dispatched
 
     def _rest(self) -> None:
@@ -173,10 +170,10 @@ class Planner:
             self.emitter.sleep()
             self._look_at = 0.0
             return
-        self._rested = time.monotonic()
         if not self._listening and self.emitter.wakes_on_append:
             listener(self.target).add(self, self.name, self._appended)
             self._listening = True
+            self._heard, self._heard_since = 0, time.monotonic()
             self._look_at = 0.0
         until = [self._look_at - time.monotonic(), TICK]
         due = self.emitter.next_due()
@@ -198,8 +195,16 @@ class Planner:
 
     def _hear(self) -> None:
         """Take note of what was appended; where that is not what follows on what is known, look at the log."""
+        seconds = time.monotonic() - self._heard_since
+        if self._listening and seconds > 1:
+            if self._heard > LISTEN_RATE * seconds:  # to look is cheaper, and there will be something to do
+                listener(self.target).remove(self)
+                self._listening = False
+                self._look_at = 0.0
+            self._heard, self._heard_since = 0, time.monotonic()
         while self._news:
             record = self._news.popleft()
+            self._heard += 1
             producer, offset = record.get('producer', ''), record.get('offset')
             known = self._ends.get(producer)
             if known is None or offset is None or offset > known or self.emitter.picks:
@@ -332,8 +337,10 @@ class Planner:
         """Short while messages come, growing while none do, up to what the change stream allows."""
         if not self.emitter.wakes_on_append:
             return LOOK_PAUSES[1]  # it looks when a window is due
-        longest = LOOK_PAUSES[1] if listener(self.target).is_open else LOOK_PAUSE_UNTOLD
-        self._look_pause = LOOK_PAUSES[0] if news else min(self._look_pause * 2, longest)
+        if self._listening and listener(self.target).is_open:
+            self._look_pause = min(self._look_pause * 2, LOOK_PAUSES[1])
+            return self._look_pause
+        self._look_pause = LOOK_PAUSES[0] if news else min(self._look_pause * 2, LOOK_PAUSE_UNTOLD)
         return LOOK_PAUSE_BUSY if self._in_flight else self._look_pause
 
     def _plan(self, now: datetime) -> bool:

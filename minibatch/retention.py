@@ -21,7 +21,7 @@ from .store import Span
 
 logger = logging.getLogger(__name__)
 
-PAUSE = 0.1
+PAUSE = 0.25
 READ_MARK_PAUSE = 1.0
 PRUNE_PAUSE = 600.0
 TRIM_PAUSE = 60.0
