@@ -6,8 +6,10 @@ it is made on first use in each process, and shared by all who mean the same dat
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +69,6 @@ _clients: dict[tuple[Any, ...], MongoClient[dict[str, Any]]] = {}
 _inherited: list[Any] = []
 _default: Target | None = None
 _first: Target | None = None
-_polls = False
 _using: ContextVar[Target | None] = ContextVar('minibatch_using', default=None)
 _using_stream: ContextVar[str | None] = ContextVar('minibatch_using_stream', default=None)
 
@@ -181,10 +182,16 @@ def choose(default: Target | None) -> None:
     _default = default
 
 
-def poll_servers() -> None:
-    """Let clients watch their servers by polling, for workers: a client that does so is closed half a second sooner."""
-    global _polls
-    _polls = True
+def leave_quickly() -> None:
+    """Let this process, a worker, not wait at its end for the threads of pymongo that watch the servers.
+
+    They are daemons, and look up every half second. The name of what waits for them is not public, so if there is
+    none, the end just takes longer.
+    """
+    for name in ('pymongo.synchronous.monitor', 'pymongo.monitor'):
+        wait = getattr(sys.modules.get(name), '_shutdown_resources', None)
+        if wait is not None:
+            atexit.unregister(wait)
 
 
 def current() -> Target:
@@ -307,8 +314,6 @@ def _connect(url: str, options: dict[str, Any]) -> MongoClient[dict[str, Any]]:
     options.setdefault('appname', 'minibatch')
     if 'sockettimeoutms=' not in url.lower():  # a server that is frozen must not hold us for ever
         options.setdefault('socketTimeoutMS', SOCKET_TIMEOUT_MS)
-    if _polls and 'servermonitoringmode=' not in url.lower():
-        options.setdefault('serverMonitoringMode', 'poll')
     try:
         client: MongoClient[dict[str, Any]] = MongoClient(url, **options)
     except (InvalidURI, ConfigurationError, ValueError, TypeError) as exc:

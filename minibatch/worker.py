@@ -322,7 +322,7 @@ def _set_up_worker(parent: int, function: tuple[str, bytes] | None) -> None:
     if CAN_BLOCK:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with, args=(parent,), name='minibatch-parent', daemon=True).start()
-    connection.poll_servers()
+    connection.leave_quickly()
     if function is not None:
         marshaller.install(*function)
 

@@ -1,5 +1,8 @@
 """URLs, and which database is meant."""
 
+import subprocess
+import sys
+
 import pytest
 
 from minibatch import connection
@@ -88,3 +91,17 @@ def test_bookkeeping_is_at_majority_whatever_the_url_says():
     assert meant.majority.write_concern.document == {'w': 'majority'}
     assert meant.db.read_preference.mode == 0
     assert target('mongodb://127.0.0.1:1/db').db.write_concern.document == {'w': 'majority'}
+
+
+def test_a_process_that_leaves_quickly_does_not_wait_for_the_threads_of_pymongo(url, tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'import threading\n'
+        'from minibatch import connection\n'
+        f'connection.target({url!r}).client.admin.command("ping")\n'
+        'join = threading.Thread.join\n'
+        'threading.Thread.join = lambda thread, timeout=None: (print("waits"), join(thread, timeout))\n'
+        'connection.leave_quickly()\n'
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
