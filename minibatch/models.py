@@ -9,8 +9,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
+from itertools import accumulate, chain
 from typing import Any, ClassVar
 
 from bson import ObjectId
@@ -21,10 +22,10 @@ from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 
 from . import clock, dead, groups, ledger, store
-from .abc import Source
+from .abc import Source, WindowCommit
 from .backlog import TIMEOUT, Limits
 from .connection import Target, current, current_stream, is_passing, target
-from .errors import ArgumentError, DataError
+from .errors import ArgumentError, DataError, ServerError
 from .groups import DeadLetters, Group
 from .messages import MessageWindow
 from .producer import Producer, producer_of
@@ -369,6 +370,17 @@ class Stream(_Model):
             )
         else:
             self._producer.append_many(messages, self._limits)
+
+    def put_many(self, results: Sequence[Any], windows: Sequence[WindowCommit]) -> int:
+        """Append the results of many windows at once; returns how many. See `minibatch.abc.BulkSink`."""
+        if not all(isinstance(result, (Mapping, list, tuple)) for result in results):
+            return 0  # one by one, as an iterator can be read once
+        parts = [[result] if isinstance(result, Mapping) else result for result in results]
+        try:
+            written = self._producer.append_many(chain.from_iterable(parts), self._limits)
+        except (DataError, ServerError) as exc:
+            written = exc.written
+        return sum(1 for end in accumulate(map(len, parts)) if end <= written)
 
     def flush(self) -> None:
         """Return when all that was appended in this process is stored.

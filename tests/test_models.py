@@ -213,6 +213,23 @@ def test_a_result_that_is_no_message_is_refused_by_its_type(stream, result, name
     assert stream.buffer().count() == 0
 
 
+def test_the_results_of_many_windows_are_appended_at_once_up_to_the_first_that_is_no_message(stream):
+    results = [{'a': 0}, [{'a': 1}, {'a': 2}], [], ({'a': 3},)]
+    assert stream.put_many(results, []) == 4
+    assert [record.batch for record in stream.buffer()] == [[{'a': n} for n in range(4)]]
+    assert stream.put_many([[], {'a': 4}, 5], []) == 0  # so that each is given on its own
+    assert stream.put_many([[], {'a': 4}, [6]], []) == 1
+    assert stream.put_many([{'a': 4}, iter([{'a': 5}])], []) == 0
+    assert stream.buffer().count() == 1
+
+
+def test_of_many_results_those_count_that_were_stored_before_the_stream_was_full(url):
+    stream = mb.stream('s', url=url, max_backlog=1000, on_full='raise')
+    results = [[{'a': n}] * 400 for n in range(4)]
+    stored = stream.put_many(results, [])
+    assert (stored, sum(record.n for record in stream.buffer())) == (2, 1000)
+
+
 def test_streams_can_be_chained(url):
     first, second, seen = mb.stream('first', url=url), mb.stream('second', url=url, batchsize=100), Seen()
 
