@@ -30,11 +30,8 @@ def keep(db: DB, stream: str, group: str, id_: str, spans: list[Span], now: date
     """Copy the messages of a window that is about to become a dead letter, for the log will not wait for it."""
     with db.client.start_session(causal_consistency=True) as session:
         store.see_all(db, stream, session)
-        pieces = [
-            (span.producer, *piece)
-            for span in spans
-            for piece in store.trim(span, store.read_records(db, stream, span, session))
-        ]
+        found = store.Records(db, stream, spans, session).of(spans)
+        pieces = [(span.producer, *piece) for span, records in found for piece in store.trim(span, records)]
     copies = []
     for i, (producer, record, first, end) in enumerate(pieces):
         cut: Doc = {key: record[key][first:end] for key in ('batch', 'times', 'meta') if key in record}
@@ -98,11 +95,15 @@ def records(
     db: DB, id_: str, spans: Iterable[Span], session: ClientSession | None = None
 ) -> list[tuple[Span, list[Doc]]]:
     """The spans of a dead letter, each with the copies of its record batches."""
-    copies = read(db, id_, session)
-    return [
-        (span, [c for c in copies if c['producer'] == span.producer and span.start <= c['offset'] < span.end])
-        for span in spans
-    ]
+    copies = iter([*read(db, id_, session), None])
+    found, copy = [], next(copies)
+    for span in spans:  # the copies were made in this order
+        here: list[Doc] = []
+        while copy is not None and copy['producer'] == span.producer and span.start <= copy['offset'] < span.end:
+            here.append(copy)
+            copy = next(copies)
+        found.append((span, here))
+    return found
 
 
 def find(

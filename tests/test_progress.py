@@ -7,12 +7,12 @@ from minibatch.progress import Claim, Progress
 from minibatch.store import Span
 
 
-def claim(number, *spans, end=None):
-    return Claim(f's/g/{number}', number, [Span(*span) for span in spans], EPOCH, end=end)
+def claim(number, *spans, **plan):
+    return Claim([Span(*span) for span in spans], **plan, id=f's/g/{number}', number=number)
 
 
 def progress(**positions):
-    return Progress(0, 1, positions, None)
+    return Progress(0, 1, positions)
 
 
 def test_a_position_does_not_pass_an_open_window():
@@ -55,7 +55,7 @@ def test_the_number_stops_before_the_first_window_that_is_not_finished():
 def test_the_frontier_is_the_end_of_the_last_window_below_which_all_are_finished():
     state = progress()
     for number in (1, 2):
-        state.claim(claim(number, ('a', number, number + 1), end=EPOCH + timedelta(seconds=number)))
+        state.claim(claim(number, ('a', number, number + 1), frontier=EPOCH + timedelta(seconds=number)))
     state.finished(2)
     assert state.frontier is None
     state.finished(1)
