@@ -363,9 +363,9 @@ def read_messages(
     around = _record_around(db, stream, span.producer, span.start, fields, session)
     found = db.buffer.find(_log_range(stream, span), fields, session=session).sort('offset', 1)
     for record, first, end in trim(span, chain([around] if around is not None else [], found)):
-        times, batch = times_of(record), record.get('batch') or [record.get('data', {})]
+        offset, times, batch = int(record['offset']), times_of(record), record.get('batch')
         for i in range(first, end):
-            yield int(record['offset']) + i, times[i], batch[i]
+            yield offset + i, times[i], batch[i] if batch else record.get('data', {})
 
 
 def read_documents(db: DB, stream: str, spans: Iterable[Span]) -> list[Doc]:
