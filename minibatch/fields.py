@@ -13,6 +13,8 @@ from . import clock
 from .errors import ArgumentError
 
 MAX_KEY = 1000
+MAX_PARTS = 100
+MAX_TEXT = 1000
 MAX_INT = 1 << 63
 FIRST, LAST = (clock.to_ms(datetime(year, 1, 1, tzinfo=timezone.utc)) for year in (100, 9900))
 
@@ -54,7 +56,8 @@ def _value(name: str, of: Of, data: Any, convert: Callable[[Any], Any]) -> Any:
         where = '' if callable(of) else f'field {of!r} '
         raise BadMessage(f'{name}: {where}{exc}') from None
     except Exception as exc:  # of a function that was given
-        raise BadMessage(f'{name}: {type(exc).__name__}: {exc}') from exc
+        why = f'{name}: {type(exc).__name__}: {exc}'[:MAX_TEXT]
+        raise BadMessage(why.encode(errors='replace').decode()) from exc
 
 
 def _field(path: str, data: Any) -> Any:
@@ -90,6 +93,15 @@ def time_of(value: Any) -> int:
 
 def key_of(value: Any) -> Any:
     """A key as it is after it was stored: str, bool, int, float, datetime (aware), ObjectId, or a tuple of those."""
+    if not isinstance(value, (tuple, list)):
+        return _part_of(value)
+    key = tuple(map(_part_of, value))
+    if len(key) > MAX_PARTS or sum(len(part) for part in key if isinstance(part, str)) > MAX_KEY:
+        raise BadMessage(f'is no key: it has more than {MAX_PARTS} parts, or {MAX_KEY} characters')
+    return key
+
+
+def _part_of(value: Any) -> Any:
     if isinstance(value, str):
         if len(value) > MAX_KEY:
             raise BadMessage(f'is no key: it has more than {MAX_KEY} characters')
@@ -103,10 +115,6 @@ def key_of(value: Any) -> Any:
         return float(value)
     if isinstance(value, datetime):
         return clock.from_ms(clock.to_ms(value))
-    if isinstance(value, (tuple, list)) and len(value) <= MAX_KEY:
-        key = tuple(map(key_of, value))
-        if sum(map(len, filter(lambda part: isinstance(part, (str, tuple)), key))) <= MAX_KEY:
-            return key
     raise BadMessage(f'is no key: {str(value)[:100]!r} ({type(value).__name__})')
 
 
@@ -115,5 +123,5 @@ def identity(key: Any) -> Hashable:
     if type(key) is str or key is None:
         return key
     if isinstance(key, tuple):
-        return (tuple, *map(identity, key))
+        return tuple(map(identity, key))
     return type(key), key

@@ -226,7 +226,7 @@ class Planner:
             positions = ledger.read_positions(db, self.name, self.group, session)
             if not started:
                 positions = self._first_positions(positions)
-        ledger.sweep_windows(db, self.name, self.group, number, self.lease.now())
+        ledger.sweep_windows(db, self.name, self.group, number, self.lease.now(), self.emitter.keep)
         dead.sweep(db, self.name, self.group, self.emitter.keep)
         marks = (doc.get(name) and clock.aware(doc[name]) for name in ('frontier', 'watermark'))
         self.progress = Progress.resume(
@@ -337,11 +337,12 @@ class Planner:
         new = [claim for claim in self.progress.open.values() if not claim.replay]
         waiting = sum(1 for claim in new if not claim.not_before and claim.number not in busy)
         limit = min(wanted - waiting, MAX_OPEN - len(new))
-        plans: list[WindowPlan] = []
         if self.emitter.picks:
             plans = self._picked() if not new else []
         elif limit > wanted // 2:
             plans = self.emitter.plan(self.log, now, limit)
+        else:
+            return False
         self._claim(plans, now)
         return bool(plans) or self.log.more
 

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from . import clock, ledger
@@ -36,9 +37,23 @@ class WindowPlan:
     query_args: Any = ()
     argument: Any = None
 
-    @property
+    @cached_property
     def n(self) -> int:
+        """How many messages it has."""
         return sum(span.end - span.start for span in self.spans)
+
+    @cached_property
+    def starts(self) -> dict[str, int]:
+        """The lowest offset of each producer."""
+        return {span.producer: span.start for span in sorted(self.spans, reverse=True)}
+
+    @cached_property
+    def ends(self) -> dict[str, int]:
+        """The offset after the highest one of each producer."""
+        return {span.producer: span.end for span in sorted(self.spans)}
+
+
+PLANNED = tuple(each.name for each in fields(WindowPlan))
 
 
 @dataclass
@@ -64,7 +79,7 @@ class Claim(WindowPlan):
     @classmethod
     def planned(cls, plan: WindowPlan, stream: str, group: str, number: int, now: datetime) -> Claim:
         """The claim of a window with the next number."""
-        values = {each.name: getattr(plan, each.name) for each in fields(WindowPlan)}
+        values = {name: getattr(plan, name) for name in PLANNED}
         return cls(**values, id=ledger.window_id(stream, group, number), number=number, created=now)
 
     @classmethod
@@ -183,7 +198,7 @@ class Progress:
 
     def _advance(self) -> None:
         while (done := self._finished.get(self.number + 1)) is not None:
-            if not self._follows and any(self._written.get(span.producer, 0) < span.end for span in done.spans):
+            if not self._follows and any(self._written.get(p, 0) < end for p, end in done.ends.items()):
                 break  # what it holds must be known after a restart
             self.number += 1
             del self._finished[self.number]
@@ -200,8 +215,8 @@ class Progress:
         """The positions that are no longer as `written` says: below them everything is finished."""
         positions = dict(self.planned)
         for claim in self._in_turn():
-            for span in claim.spans:
-                positions[span.producer] = min(positions.get(span.producer, 0), span.start)
+            for producer, start in claim.starts.items():
+                positions[producer] = min(positions.get(producer, 0), start)
         return {producer: at for producer, at in positions.items() if self._written.get(producer, 0) < at}
 
     def written(self, positions: dict[str, int]) -> None:
@@ -211,7 +226,7 @@ class Progress:
 
     def forget(self, alive: Iterable[str]) -> None:
         """Drop producers that have no messages and no open window."""
-        needed = {*alive, *(span.producer for claim in self._in_turn() for span in claim.spans)}
+        needed = {*alive, *(producer for claim in self._in_turn() for producer in claim.starts)}
         done = [p for p, at in self.planned.items() if p not in needed and self._written.get(p) == at]
         for producer in done:
             del self.planned[producer], self._written[producer]

@@ -75,6 +75,9 @@ class PlannedWindow(WindowEmitter):
         self.late = late if isinstance(late, Stream) else None
         self.fields, self.event_time = Fields(key, timestamp), timestamp is not None
         self.assigns = key is not None or self.event_time or 'slide' in given or 'gap' in given
+        for name, seconds in {**given, 'lateness': lateness, 'interval': self.interval}.items():
+            if self.assigns and seconds is not None:
+                _whole_ms(name, seconds)
         self.wakes_on_append = self.wakes_on_append or self.event_time
         self._lateness, self._most, self._strict = lateness or 0.0, max_open_windows, overflow == 'error'
         self._due: datetime | None = None
@@ -132,6 +135,7 @@ class PlannedWindow(WindowEmitter):
             Stored(claim.spans, claim.key, None if claim.end is None else clock.to_ms(claim.end), claim.part)
             for claim in log.found
         ]
+        log.found = []
         frontier, watermark = (
             assign.NEVER if time is None else clock.to_ms(time) for time in (log.frontier, log.watermark)
         )

@@ -57,6 +57,22 @@ def test_the_windows_of_a_task_are_read_at_once(target, monkeypatch):
     assert reads == [Span('a', 0, 20)]
 
 
+def test_windows_of_interleaved_messages_are_read_at_once(target, monkeypatch):
+    reads = []
+    real = store.read_records
+    monkeypatch.setattr(store, 'read_records', lambda *args: reads.append(args[2]) or real(*args))
+    works = [work(key, *(('a', at, at + 1) for at in range(key, 20, 4))) for key in range(4)]
+    outcomes = do(target, values, *works)
+    assert [outcome.value for outcome in outcomes] == [list(range(key, 20, 4)) for key in range(4)]
+    assert reads == [Span('a', 0, 20)]
+
+
+def test_stretches_that_are_far_apart_are_read_one_by_one(target, monkeypatch):
+    monkeypatch.setattr(store, 'NEAR', 2)
+    outcomes = do(target, values, work(1, ('a', 1, 2), ('a', 4, 5), ('a', 8, 12)), work(2, ('a', 2, 3), ('a', 17, 18)))
+    assert [outcome.value for outcome in outcomes] == [[1, 4, 8, 9, 10, 11], [2, 17]]
+
+
 @pytest.mark.parametrize('result', [[], 0, '', {}, False])
 def test_an_empty_result_is_a_result(target, result):
     (outcome,) = do(target, lambda window: result, work(1, ('a', 0, 3)))
