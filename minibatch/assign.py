@@ -23,6 +23,7 @@ SKEW = 60_000
 IDLE = 30_000
 MAX_AHEAD = 1_000_000
 MANY_PRODUCERS = 1000
+MAX_TOGETHER = 10_000
 NEVER = -(1 << 62)
 
 Fresh = list[tuple['Message', Sequence[int | None]]]
@@ -105,6 +106,9 @@ class Rule(Protocol):
     timed: bool
     """Whether its windows have a start and an end for the user."""
 
+    copies: int
+    """In how many windows a message is."""
+
     def put(self, to: Assigner, producer: str, fresh: Fresh, now: int) -> None:
         """Put messages that were read together into their windows; each with the ends of those which hold it."""
 
@@ -121,7 +125,7 @@ class Grid:
     timed = True
 
     def __init__(self, interval: int, slide: int) -> None:
-        self._interval, self._slide = interval, slide
+        self._interval, self._slide, self.copies = interval, slide, interval // slide
         self._open: dict[tuple[Hashable, int], Bucket] = {}
 
     def put(self, to: Assigner, producer: str, fresh: Fresh, now: int) -> None:
@@ -161,6 +165,7 @@ class Sessions:
     """
 
     timed = True
+    copies = 1
 
     def __init__(self, gap: int) -> None:
         self._gap = gap
@@ -215,6 +220,8 @@ class Sessions:
 
 class Waits:
     """One window a key, which is due `wait` after its oldest message was created, or when it has `size`."""
+
+    copies = 1
 
     def __init__(self, wait: int, size: int | None = None) -> None:
         self._wait, self._size = wait, size
@@ -294,6 +301,7 @@ class Assigner:
         self._lateness, self._most, self._strict = lateness, most, strict
         self.watermark, self._shown = frontier, watermark
         self.parts = 0  # windows that were emitted early
+        self._together = max(min(most, MAX_TOGETHER) // 10 // rule.copies, 1)  # they must not be too many by themselves
         self._producers: dict[str, Seen] = {}
         self._order = count()
         self._ends: list[tuple[int, int, Bucket]] = []  # a heap; what was closed or resized since is skipped
@@ -326,8 +334,9 @@ class Assigner:
         return Span(name, seen.read, min(seen.end, seen.read + most))
 
     def read(self, span: Span, messages: Iterable[Message], now: int) -> None:
-        """Take in the messages of a span, which continues what was read of the producer."""
-        seen, fresh = self._producers[span.producer], []
+        """Take in the messages of a span, which continues what was read of the producer, and go on in time."""
+        seen = self._producers[span.producer]
+        fresh: Fresh = []
         for message in messages:
             held = self._held.at(span.producer, message.offset)
             seen.newest = max(message.created, seen.newest or message.created)
@@ -343,10 +352,18 @@ class Assigner:
                 seen.ahead = True
             if None not in held:
                 fresh.append((message, held))
+                if len(fresh) == self._together:
+                    self._put(span._replace(end=message.offset + 1), fresh, now)
+                    fresh = []
+        self._put(span, fresh, now)
+
+    def _put(self, span: Span, fresh: Fresh, now: int) -> None:
+        seen = self._producers[span.producer]
         seen.read = span.end
         self.rule.put(self, span.producer, fresh, now)
         while seen.read - self._low(seen) > MAX_AHEAD and (first := seen.pins[0][2].root).is_open:
             self._close_early(first, f'more than {MAX_AHEAD:,} messages were read behind the oldest of them')
+        self.advance(now)
 
     def advance(self, now: int) -> None:
         """Move the watermark as far as what was read allows, and close the windows that end by then."""

@@ -118,7 +118,6 @@ class PlannedWindow(WindowEmitter):
         to.hear(log.waiting())
         while to.due < limit and left > 0 and (span := to.next_span(left)) is not None:
             to.read(span, self._messages(log, span), now)
-            to.advance(now)
             left -= max(span.end - span.start, QUERY)
         to.advance(now)
         if to.parts > parts and log.looked - self._warned > WARN_PAUSE:

@@ -287,6 +287,7 @@ def play(emitter, events, steps, time_of):
             del left[:n]
             patch.setattr(window, 'CHUNK', chunk)
             patch.setattr(window, 'QUERY', 1)
+            patch.setattr(assign, 'MAX_TOGETHER', 10 * max(chunk // 2, 1))
             now = max(stored[producer][n - 1][0] for producer, n in come.items())
             group.plan(now, limit, dict(come), keep)
             numbers = sorted(group.progress.open)
