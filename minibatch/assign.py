@@ -19,6 +19,7 @@ from .errors import TooManyWindowsError
 from .fields import identity
 from .store import Span
 
+SINCE = 1_000  # messages are read that were created so long after `now`, the last look at the log
 SKEW = 60_000
 IDLE = 30_000
 MAX_AHEAD = 1_000_000
@@ -414,7 +415,7 @@ class Assigner:
 
     def time(self, message: Message, floor: int, now: int) -> int:
         """The time of a message. Without event time it is neither late nor in the future."""
-        return message.time if self.event else max(min(message.time, now), floor)
+        return message.time if self.event else max(min(message.time, now + SINCE), floor)
 
     def open(self, bucket: Bucket) -> None:
         """Begin a window; if there are too many, the oldest one ends."""

@@ -75,6 +75,9 @@ class PlannedWindow(WindowEmitter):
         self.late = late if isinstance(late, Stream) else None
         self.fields, self.event_time = Fields(key, timestamp), timestamp is not None
         self.assigns = key is not None or self.event_time or 'slide' in given or 'gap' in given
+        if self.assigns and self.picks:
+            raise ArgumentError(f'key, timestamp, slide and gap do not go with {type(self).__name__}, which picks '
+                                f'messages itself')  # fmt: skip
         for name, seconds in {**given, 'lateness': lateness, 'interval': self.interval}.items():
             if self.assigns and seconds is not None:
                 _whole_ms(name, seconds)

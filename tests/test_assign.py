@@ -164,6 +164,13 @@ def test_keyed_fixed_windows_close_by_the_clock():
     assert {claim.watermark for claim in group.seen.values()} == {None}
 
 
+def test_a_message_that_was_created_just_after_the_look_at_the_log_is_in_its_own_window():
+    group = created(FixedTimeWindow('s', interval=10, key='k'), (1, 'x'), (10.005, 'x'), (3600, 'x'))
+    group.run(NOW + 9_999)
+    group.run(NOW + 30_000)
+    assert [times for *_, times in seen(group)] == [[1], [10.005, 3600]]
+
+
 def test_a_message_created_long_ago_is_never_late():
     group = created(SlidingTimeWindow('s', interval=10, slide=5), (11, 'x'))
     group.run(NOW + 25_000)
@@ -252,6 +259,30 @@ def test_a_position_stays_below_open_windows_and_a_restart_finds_what_is_finishe
     assert group.group['number'] == len(group.seen)
 
 
+def test_a_window_that_was_claimed_before_a_crash_is_closed_although_those_planned_with_it_are_not():
+    group = group_of(event(FixedTimeWindow, interval=10), a=[(1, 'x'), (2, 'y'), (30, 'z')])
+    group.plan(NOW, keep=1)
+    assert seen(group) == [(0, 10, 'x', [1])]
+    group.messages['a'] += [(NOW, {'t': 5, 'k': 'x'}), (NOW, {'t': 6, 'k': 'y'})]
+    group.run(NOW)
+    assert seen(group)[1:] == [(0, 10, 'y', [2, 6])]
+    assert seen(group, late=True) == [(None, None, None, [5])]
+
+
+def test_an_open_session_is_the_same_after_a_restart_however_its_messages_are_read_again(monkeypatch):
+    group = group_of(event(SessionWindow, gap=20), a=[(0, 'y'), (30, 'x'), (45, 'x'), (50, 'z')])
+    group.run(NOW)
+    group.follow()
+    assert seen(group) == [(0, 20, 'y', [0])]
+    group.restart()
+    monkeypatch.setattr(window, 'CHUNK', 1)
+    group.messages['a'] += [(NOW, {'t': 100, 'k': 'z'})]
+    group.run(NOW)
+    assert seen(group)[1:] == [(30, 65, 'x', [30, 45]), (50, 70, 'z', [50])]
+    assert seen(group, late=True) == []
+    assert [seconds(claim.watermark) for claim in group.seen.values()] == [50, 100, 100]
+
+
 # --- against references
 
 
@@ -297,9 +328,9 @@ def play(emitter, events, steps, time_of):
                 group.follow()
             if restart:
                 group.restart()
-        for now in (NOW, NOW + 10_000_000):
+        for now in (NOW, NOW + 10_000_000):  # in portions as small as the last ones
             group.run(now)
-    group.follow()
+        group.follow()
     return group
 
 
