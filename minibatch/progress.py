@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -53,9 +53,6 @@ class WindowPlan:
         return {span.producer: span.end for span in sorted(self.spans)}
 
 
-PLANNED = tuple(each.name for each in fields(WindowPlan))
-
-
 @dataclass
 class Claim(WindowPlan):
     """A window that is claimed and not yet committed."""
@@ -79,8 +76,9 @@ class Claim(WindowPlan):
     @classmethod
     def planned(cls, plan: WindowPlan, stream: str, group: str, number: int, now: datetime) -> Claim:
         """The claim of a window with the next number."""
-        values = {name: getattr(plan, name) for name in PLANNED}
-        return cls(**values, id=ledger.window_id(stream, group, number), number=number, created=now)
+        claim = cls(plan.spans, id=ledger.window_id(stream, group, number), number=number, created=now)
+        vars(claim).update(vars(plan))
+        return claim
 
     @classmethod
     def stored(cls, doc: Doc) -> Claim:
@@ -96,10 +94,7 @@ class Claim(WindowPlan):
 
     def document(self, stream: str, group: str, epoch: int) -> Doc:
         """The window document of this claim."""
-        times = {name: value for name in TIMES if (value := getattr(self, name)) is not None}
-        marks = {name: value for name in MARKS if (value := getattr(self, name))}
-        key = {} if self.key is None else {'key': list(self.key) if isinstance(self.key, tuple) else self.key}
-        return {
+        doc = {
             '_id': self.id,
             'stream': stream,
             'group': group,
@@ -111,10 +106,13 @@ class Claim(WindowPlan):
             'attempts': self.attempts,
             'created': self.created,
             'processed': False,
-            **times,
-            **marks,
-            **key,
         }
+        if self.key is not None:
+            doc['key'] = list(self.key) if isinstance(self.key, tuple) else self.key
+        for name in (*TIMES, *MARKS):
+            if value := getattr(self, name):
+                doc[name] = value
+        return doc
 
 
 class Progress:
@@ -173,10 +171,11 @@ class Progress:
         """All windows of the messages below these offsets are claimed."""
         for producer, offset in low.items():
             at = max(offset, self.planned.get(producer, 0))
-            for span in sorted(self._above.get(producer, ())):
-                if span.start <= at:
-                    at = max(span.end, at)
-                    self._above[producer].remove(span)
+            if producer in self._above:
+                for span in sorted(self._above[producer]):
+                    if span.start <= at:
+                        at = max(span.end, at)
+                        self._above[producer].remove(span)
             self.planned[producer] = at
 
     def finished(self, number: int, window: WindowPlan | None = None) -> None:
@@ -185,7 +184,7 @@ class Progress:
         if claim is not None and claim.replay:
             return
         done = claim or window or WindowPlan([])
-        if self._follows:
+        if self._follows and claim is None:
             self._plan(done.spans)
         self._finished[number] = done
         self._advance()

@@ -283,6 +283,15 @@ def test_an_open_session_is_the_same_after_a_restart_however_its_messages_are_re
     assert [seconds(claim.watermark) for claim in group.seen.values()] == [50, 100, 100]
 
 
+def test_the_watermark_of_windows_does_not_go_back_when_they_are_found_again(monkeypatch):
+    group = group_of(event(SessionWindow, gap=10), a=[(0, 'x'), (2, 'y'), (13, 'z'), (50, 'z')])
+    group.plan(NOW, keep=1)
+    monkeypatch.setattr(window, 'CHUNK', 1)
+    group.run(NOW)
+    assert seen(group) == [(0, 10, 'x', [0]), (2, 12, 'y', [2]), (13, 23, 'z', [13])]
+    assert [seconds(claim.watermark) for claim in group.seen.values()] == [50, 50, 50]
+
+
 # --- against references
 
 

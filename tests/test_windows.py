@@ -240,6 +240,22 @@ def test_what_is_finished_behind_an_open_window_is_not_done_again_and_deleted_in
     assert (db.buffer.count_documents({}), db.window.count_documents({'status': {'$ne': 'void'}})) == (1, 0)
 
 
+@pytest.mark.parametrize('then', ['discard', 'replay'])
+def test_a_dead_letter_behind_an_open_window_that_is_no_more_does_not_come_again(stream, db, then):
+    def fail(window):
+        raise ValueError
+
+    stream.append_many(events((25, 'x'), (1, 'y'), (20, 'z')))
+    options = {'interval': 10, 'lateness': 5, **EVENT}
+    emitter_of(stream, fail, max_attempts=1, **options)._run_once()
+    assert getattr(stream.dead_letters(), then)() == 1
+    assert run(stream, **options) == ([(0, 10, 'y', [1])] if then == 'replay' else [])
+    assert run(stream, **options) == []
+    stream.append_many(events((100, 'x')))
+    assert run(stream, **options) == [(20, 30, 'x', [25]), (20, 30, 'z', [20])]
+    assert db.window.count_documents({'status': {'$ne': 'void'}}) == 0
+
+
 def test_the_lag_counts_messages_of_overlapping_windows_once(stream, db):
     stream.append_many(events((9, 'x'), (1, 'x'), (2, 'x'), (100, 'x')))
     emitter = emitter_of(stream, interval=20, slide=10, sink=Failing(2), **EVENT)
