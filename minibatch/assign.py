@@ -95,6 +95,7 @@ class Seen:
 
     read: int
     end: int
+    low: int = -1  # what `Assigner.low` said last
     high: int | None = None  # the highest time read
     newest: int | None = None  # when the newest message read was created
     ahead: bool = False  # it has given times that cannot be
@@ -494,8 +495,14 @@ class Assigner:
         return taken
 
     def low(self) -> dict[str, int]:
-        """For each producer the lowest offset that is not read, or whose message still has a window to come."""
-        return {name: self._low(seen) for name, seen in self._producers.items()}
+        """For each producer the lowest offset that is not read, or whose message still has a window to come.
+
+        Only those that have changed since it was asked last.
+        """
+        lows = {name: low for name, seen in self._producers.items() if (low := self._low(seen)) != seen.low}
+        for name, low in lows.items():
+            self._producers[name].low = low
+        return lows
 
     def _low(self, seen: Seen) -> int:
         while seen.pins and seen.pins[0][2].root.given:

@@ -292,6 +292,20 @@ def test_the_watermark_of_windows_does_not_go_back_when_they_are_found_again(mon
     assert [seconds(claim.watermark) for claim in group.seen.values()] == [50, 50, 50]
 
 
+def test_producers_that_come_and_go_are_forgotten(monkeypatch):
+    monkeypatch.setattr(assign, 'MANY_PRODUCERS', 10)
+    group = MemoryGroup(FixedTimeWindow('s', interval=10, key='k'), {})
+    for turn in range(100):
+        now = NOW + 60_000 * turn
+        group.messages = {f'p{turn}': [(now, {'k': 'x'})]}
+        group.run(now)
+        group.follow()
+        group.progress.forget(group.messages)
+    assert len(group.seen) == 99
+    assert len(group.log.memory['assigner']._producers) <= 11
+    assert len(group.progress.planned) <= 3
+
+
 # --- against references
 
 
