@@ -297,7 +297,8 @@ def test_producers_that_come_and_go_are_forgotten(monkeypatch):
     group = MemoryGroup(FixedTimeWindow('s', interval=10, key='k'), {})
     for turn in range(100):
         now = NOW + 60_000 * turn
-        group.messages = {f'p{turn}': [(now, {'k': 'x'})]}
+        group.messages.clear()
+        group.messages[f'p{turn}'] = [(now, {'k': 'x'})]
         group.run(now)
         group.follow()
         group.progress.forget(group.messages)
