@@ -272,11 +272,10 @@ def delete_windows(db: DB, stream: str, group: str, first: int, end: int) -> Non
     db.window_spans.delete_many({**numbers, 'number': {'$nin': dead}})
 
 
-def sweep_windows(db: DB, stream: str, group: str, upto: int, now: datetime, keeps: bool = True) -> None:
-    """Delete what crashes left behind: claims that nobody may own, windows that are done, void ones of long ago."""
+def sweep_windows(db: DB, stream: str, group: str, upto: int, now: datetime) -> None:
+    """Delete what crashes left behind: unfinished claims that nobody may own, and void windows of long ago."""
     below = _windows(stream, group, 0, upto + 1)
-    gone = ['open'] if keeps else ['open', 'processed']
-    db.window.delete_many({**below, 'status': {'$in': gone}, 'failed': None})
+    db.window.delete_many({**below, 'status': 'open'})
     db.window.delete_many({**below, 'status': 'void', 'created': {'$lt': now - VOID_KEPT}})
 
 

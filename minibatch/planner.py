@@ -226,7 +226,7 @@ class Planner:
             positions = ledger.read_positions(db, self.name, self.group, session)
             if not started:
                 positions = self._first_positions(positions)
-        ledger.sweep_windows(db, self.name, self.group, number, self.lease.now(), self.emitter.keep)
+        ledger.sweep_windows(db, self.name, self.group, number, self.lease.now())
         dead.sweep(db, self.name, self.group, self.emitter.keep)
         marks = (doc.get(name) and clock.aware(doc[name]) for name in ('frontier', 'watermark'))
         self.progress = Progress.resume(
