@@ -60,7 +60,7 @@ services:
 	fi
 
 clean:
-	@rm -rf .venv build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf .venv build dist docs/_build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps say what .venv holds; a change of the requirements installs again.

@@ -7,14 +7,23 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from . import kinds
 from .abc import Sink, Source
 from .errors import ArgumentError
 from .models import Stream, check_name
-from .window import CountWindow, FixedTimeWindow, RelaxedTimeWindow, WindowEmitter
+from .window import (
+    CountWindow,
+    FixedTimeWindow,
+    PlannedWindow,
+    RelaxedTimeWindow,
+    SessionWindow,
+    SlidingTimeWindow,
+    WindowEmitter,
+)
 
 EMITTER_OPTIONS = (
     'emit_empty', 'processfn', 'group', 'start', 'max_attempts', 'timeout', 'on_error', 'ordered', 'lease',
-    'stall_after', 'cnx_kwargs',
+    'stall_after', 'cnx_kwargs', *kinds.OPTIONS,
 )  # fmt: skip
 STREAM_OPTIONS = ('interval', 'batchsize', 'max_age', 'linger', 'max_backlog', 'on_full', 'timeout',
                   'group_expiry', 'cnx_kwargs')  # fmt: skip
@@ -73,7 +82,7 @@ def streaming(
     interval: float | None = None,
     size: int | None = None,
     emitter: type[WindowEmitter] | None = None,
-    relaxed: bool = True,
+    relaxed: bool | None = None,
     keep: bool = False,
     url: str | None = None,
     sink: Any = None,
@@ -96,7 +105,7 @@ def streaming(
         interval: seconds between windows.
         size: messages per window.
         emitter: a `WindowEmitter` class of yours; it gets `size` and `interval`.
-        relaxed: with `interval`: True for all messages since the last window, False for fixed windows
+        relaxed: with `interval`: True (the default) for all messages since the last window, False for fixed windows
             [start, start + interval), also empty ones.
         keep: keep messages and windows after they were processed.
         url: a MongoDB URL; see `stream` for what holds without one.
@@ -111,7 +120,8 @@ def streaming(
         options: emit_empty, processfn, group, start, max_attempts, timeout, on_error, ordered, lease, stall_after,
             cnx_kwargs; see `WindowEmitter`. `group` names the consumer group: each group gets every message. A window
             that has failed `max_attempts` times is a dead letter, see `Stream.dead_letters`. `timeout`, `lease` and
-            `stall_after` are in seconds.
+            `stall_after` are in seconds. And more that says what a window is: max_wait, slide, gap, key, timestamp,
+            lateness, late, max_open_windows, overflow; see `minibatch.window`, and the guide for what combines.
 
     Raises:
         ArgumentError: naming the argument.
@@ -164,7 +174,7 @@ def _make(
     interval: float | None,
     size: int | None,
     emitter: type[WindowEmitter] | None,
-    relaxed: bool,
+    relaxed: bool | None,
     keep: bool,
     sink: Any,
     executor: Any,
@@ -186,10 +196,14 @@ def _make(
     _check_contract('source', options['source'], Source, 'the methods stream and cancel')
     if options['queue'] is not None and not hasattr(options['queue'], 'get'):
         raise ArgumentError(f'queue must have a method get; {type(options["queue"]).__name__} has not')
-    if size is None and interval is None and emitter is None and stream is not None:
+    if size is None and interval is None and options.get('gap') is None and emitter is None and stream is not None:
         interval = stream.interval
-    options.update({key: value for key, value in {'size': size, 'interval': interval}.items() if value is not None})
-    made = _emitter_class(emitter, size, interval, relaxed)(
+    options.update(size=size, interval=interval)
+    chosen = _emitter_class(emitter, relaxed, options)
+    for option in ('size', 'interval', *kinds.OPTIONS):
+        if options.get(option) is None:
+            options.pop(option, None)
+    made = chosen(
         name,
         emitfn=fn,
         sink=sink,
@@ -212,23 +226,27 @@ def _check_contract(name: str, value: Any, contract: type, methods: str) -> None
 
 
 def _emitter_class(
-    emitter: type[WindowEmitter] | None, size: int | None, interval: float | None, relaxed: bool
+    emitter: type[WindowEmitter] | None, relaxed: bool | None, options: dict[str, Any]
 ) -> type[WindowEmitter]:
     if emitter is not None:
         if not (inspect.isclass(emitter) and issubclass(emitter, WindowEmitter)) or emitter is WindowEmitter:
             raise ArgumentError(f'emitter must be a subclass of WindowEmitter, not {emitter!r}')
-        if not relaxed:
+        if relaxed is False:
             raise ArgumentError('relaxed goes with interval, not with emitter; emitter=FixedTimeWindow is the same')
+        given = [name for name in kinds.OPTIONS if options.get(name) is not None]
+        if given and not issubclass(emitter, PlannedWindow):
+            raise ArgumentError(f'{given[0]} goes with windows of minibatch; {emitter.__name__} picks messages itself')
         return emitter
-    if size is not None and interval is not None:
-        raise ArgumentError('size and interval exclude each other: size=N counts messages, interval=T counts seconds')
-    if size is not None:
-        if not relaxed:
-            raise ArgumentError('relaxed goes with interval, not with size')
+    kinds.check({**options, 'relaxed': relaxed})
+    if options.get('gap') is not None:
+        return SessionWindow
+    if options['size'] is not None:
         return CountWindow
-    if interval is None:
-        raise ArgumentError('size=, interval= or emitter= must say what a window is')
-    return RelaxedTimeWindow if relaxed else FixedTimeWindow
+    if options['interval'] is None:
+        raise ArgumentError('size=, interval= or emitter= must say what a window is, or gap= for sessions')
+    if options.get('slide') is not None:
+        return SlidingTimeWindow
+    return FixedTimeWindow if relaxed is False or options.get('timestamp') is not None else RelaxedTimeWindow
 
 
 def _refuse_unknown(what: str, options: dict[str, Any], known: tuple[str, ...]) -> None:

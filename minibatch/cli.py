@@ -30,6 +30,7 @@ INTERRUPTED = 130
 MOST_IN_LIST = 200
 LEAST_CUT = 20
 UNLIMITED = 10_000
+MAX_LISTED = 10
 
 
 class _Main(click.Group):
@@ -255,6 +256,7 @@ def list_groups(stream: str | None, url: str | None, as_json: bool) -> None:
     seconds   the age of the oldest of them
     led by    host:pid of the consumer that leads now
     windows   processed, as are messages
+    late      messages that came when all their windows were closed
     dead      dead letters: windows that have failed for good, see `minibatch dead list`
     expired   messages deleted by their age before they were processed
     stalled   since when windows wait and none is finished
@@ -274,12 +276,13 @@ def list_groups(stream: str | None, url: str | None, as_json: bool) -> None:
         ]})  # fmt: skip
     elif rows:
         _print_table(
-            ('stream', 'group', '>lag', '>seconds', 'led by', '>windows', '>messages', '>dead', '>expired', 'stalled'),
+            ('stream', 'group', '>lag', '>seconds', 'led by', '>windows', '>messages', '>late', '>dead', '>expired',
+             'stalled'),
             (
                 (
                     group.stream, group.name, f'{lag.messages:,}', f'{lag.seconds:,.1f}', group.owner or '-',
-                    f'{group.windows:,}', f'{group.messages:,}', f'{dead:,}', f'{group.expired:,}',
-                    _time(group.stalled) or '-',
+                    f'{group.windows:,}', f'{group.messages:,}', f'{group.late:,}', f'{dead:,}',
+                    f'{group.expired:,}', _time(group.stalled) or '-',
                 )
                 for group, lag, dead in rows
             ),
@@ -425,11 +428,15 @@ def show_dead(id: str, url: str | None, as_json: bool) -> None:
     click.echo(f'failed    {_time(letter.failed)}, {_count(letter.attempts, "attempt")}')
     if letter.start and letter.end:
         click.echo(f'window    {_time(letter.start)} to {_time(letter.end)}')
+    if letter.key is not None:
+        click.echo(f'key       {_plain(str(letter.key))}')
     click.echo(f'error     {_plain(letter.error)}')
     for line in trace.splitlines():
         click.echo(f'          {_plain(line)}')
-    for producer, start, end in spans:
+    for producer, start, end in spans[:MAX_LISTED]:
         click.echo(f'span      {_plain(producer)} {start} to {end - 1}')
+    if len(spans) > MAX_LISTED:
+        click.echo(f'          and {len(spans) - MAX_LISTED:,} more spans')
     click.echo(f'messages  {letter.n:,}' + (f', of which {window.missing:,} were not kept' if window.missing else ''))
     for data in window:
         _print_json(data)

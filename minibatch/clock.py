@@ -21,6 +21,16 @@ def aware(time: datetime) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
+def to_ms(time: datetime) -> int:
+    """Whole milliseconds since 1970; a naive datetime is UTC."""
+    return (aware(time) - EPOCH) // MILLISECOND
+
+
+def from_ms(ms: int) -> datetime:
+    """The time so many milliseconds after 1970."""
+    return EPOCH + ms * MILLISECOND
+
+
 def window_start(time: datetime, interval: float) -> datetime:
     """The start of the fixed window of `interval` seconds that `time` is in; windows are aligned to 1970.
 

@@ -30,11 +30,8 @@ def keep(db: DB, stream: str, group: str, id_: str, spans: list[Span], now: date
     """Copy the messages of a window that is about to become a dead letter, for the log will not wait for it."""
     with db.client.start_session(causal_consistency=True) as session:
         store.see_all(db, stream, session)
-        pieces = [
-            (span.producer, *piece)
-            for span in spans
-            for piece in store.trim(span, store.read_records(db, stream, span, session))
-        ]
+        found = store.Records(db, stream, spans, session).of(spans)
+        pieces = [(span.producer, *piece) for span, records in found for piece in store.trim(span, records)]
     copies = []
     for i, (producer, record, first, end) in enumerate(pieces):
         cut: Doc = {key: record[key][first:end] for key in ('batch', 'times', 'meta') if key in record}
@@ -98,11 +95,15 @@ def records(
     db: DB, id_: str, spans: Iterable[Span], session: ClientSession | None = None
 ) -> list[tuple[Span, list[Doc]]]:
     """The spans of a dead letter, each with the copies of its record batches."""
-    copies = read(db, id_, session)
-    return [
-        (span, [c for c in copies if c['producer'] == span.producer and span.start <= c['offset'] < span.end])
-        for span in spans
-    ]
+    copies = iter([*read(db, id_, session), None])
+    found, copy = [], next(copies)
+    for span in spans:  # the copies were made in this order
+        here: list[Doc] = []
+        while copy is not None and copy['producer'] == span.producer and span.start <= copy['offset'] < span.end:
+            here.append(copy)
+            copy = next(copies)
+        found.append((span, here))
+    return found
 
 
 def find(
@@ -129,22 +130,27 @@ def replay(db: DB, ids: list[str]) -> int:
 
 def discard(db: DB, ids: list[str]) -> int:
     """Delete dead letters, but for those that wait to be run again. Returns how many."""
-    deleted = db.window.delete_many({'_id': {'$in': ids}, 'status': 'failed'}).deleted_count
-    left = {doc['_id'] for doc in db.window.find({'_id': {'$in': ids}}, {'_id': 1})}
-    drop(db, [id_ for id_ in ids if id_ not in left])
-    return deleted
+    dead = {'_id': {'$in': ids}, 'status': 'failed'}
+    doomed = [doc['_id'] for doc in db.window.find(dead, {'_id': 1})]
+    given_up = db.window.update_many(dead, {'$set': ledger.PROCESSED}).modified_count
+    left = {doc['_id'] for doc in db.window.find({'_id': {'$in': doomed}, 'status': 'replay'}, {'_id': 1})}
+    drop(db, [id_ for id_ in doomed if id_ not in left])
+    return given_up
 
 
 def drop(db: DB, ids: list[str], windows: bool = True) -> None:
-    """Delete what was kept for windows that are dead letters no more, and, unless they are kept, the windows."""
+    """Delete what was kept for windows that are dead letters no more, and, unless they are kept, the windows.
+
+    A window above the number of its group stays as one that is processed, until the positions have passed it.
+    """
     for id_ in ids:
         db.dead.delete_many(_copies(id_))
-    if windows:
-        for id_ in ids:
-            db.window_spans.delete_many(_copies(id_))
-        db.window.delete_many({'_id': {'$in': ids}})
-    else:
-        db.window.update_many({'_id': {'$in': ids}}, {'$unset': {'failed': 1, 'tried': 1, 'error': 1, 'traceback': 1}})
+    db.window.update_many({'_id': {'$in': ids}}, {'$unset': {'failed': 1, 'tried': 1, 'error': 1, 'traceback': 1}})
+    for doc in db.window.find({'_id': {'$in': ids}}, {'stream': 1, 'group': 1, 'number': 1}) if windows else ():
+        group = ledger.find_group(db, doc['stream'], doc['group']) or doc
+        if doc['number'] <= group['number']:
+            db.window_spans.delete_many(_copies(doc['_id']))
+            db.window.delete_one({'_id': doc['_id']})
 
 
 def sweep(db: DB, stream: str, group: str, keeps: bool) -> None:

@@ -21,7 +21,7 @@ from .errors import ArgumentError, LeaseLostError, ServerError, WindowFailedErro
 from .lease import Lease
 from .progress import Claim, Progress
 from .retention import Follower
-from .worker import Outcome
+from .worker import Outcome, Work, load
 
 if TYPE_CHECKING:
     from .window import WindowEmitter
@@ -177,6 +177,45 @@ class Delivery:
         logger.warning('%s: %d messages had expired before they were processed', self._emitter.name, count)
         self._follower.count(expired_unprocessed=count)
 
+    # --- what no function is called for
+
+    def set_aside(self, claims: list[Claim]) -> None:
+        """Make a dead letter of each bad message, and let late ones go where they belong."""
+        bad = [claim for claim in claims if claim.bad]
+        for claim in bad:
+            logger.error('window %s is a dead letter, of a message without a window: %s', claim.id, claim.bad)
+        self._bury(bad, {claim.number: Outcome(claim.number, error=claim.bad) for claim in bad})
+        gone: list[Claim] = []
+        failed: dict[int, Outcome] = {}
+        for claim in claims:
+            if claim.late:
+                try:
+                    self._pass_on(claim)
+                    gone.append(claim)
+                except (LeaseLostError, PyMongoError):
+                    raise
+                except Exception as exc:
+                    by_function = not isinstance(exc, ServerError)  # a stream that is full is a matter of time
+                    error = f'late: {type(exc).__name__}: {exc}'
+                    failed[claim.number] = Outcome(claim.number, error=error, by_function=by_function)
+        if gone:
+            self._commit(gone)
+        if failed:
+            self._retry(failed)
+
+    def _pass_on(self, claim: Claim) -> None:
+        """Append late messages to the stream for them."""
+        emitter, late = self._emitter, self._emitter.late
+        if late is None:
+            return
+        if not self._lease.valid:
+            raise LeaseLostError
+        window = load(self._target, emitter.stream_name, Work.of(claim))
+        for message in window.messages:
+            place = {'stream': emitter.stream_name, 'producer': message.producer, 'offset': message.offset}
+            late.append(message.data, {**place, 'time': emitter.time_of(message)})
+        late.flush()
+
     # --- commit
 
     def _commit(self, claims: list[Claim]) -> None:
@@ -188,11 +227,11 @@ class Delivery:
                 self._emitter.commit(claim.picked, claim.argument)
                 self._emitter.timestamp(claim.query_args)
             self._progress.finished(claim.number)
-            self._follower.count(windows=1, messages=claim.n)
+            self._follower.count(**{'late': claim.n} if claim.aside else {'windows': 1, 'messages': claim.n})
         replayed = [claim.id for claim in claims if claim.replay]
         if replayed:
             dead.drop(self._target.majority, replayed, windows=not self._emitter.keep)
-        self.committed += len(claims)
+        self.committed += sum(not claim.aside for claim in claims)
         self.finished += len(claims)
 
     # --- fail

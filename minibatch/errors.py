@@ -7,6 +7,7 @@
     │   └── PortabilityError
     ├── DataError                (ValueError)
     ├── WindowFailedError
+    ├── TooManyWindowsError
     ├── ServerError              (ConnectionError)
     │   ├── UnreachableError
     │   ├── EmbeddedServerError
@@ -50,6 +51,10 @@ class DataError(MinibatchError, ValueError):
 
 class WindowFailedError(MinibatchError):
     """A window has failed max_attempts times, and on_error='stop' ends the consumer."""
+
+
+class TooManyWindowsError(MinibatchError):
+    """More windows are open than max_open_windows, and overflow='error' ends the consumer."""
 
 
 class ServerError(MinibatchError, ConnectionError):

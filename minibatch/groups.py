@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from . import clock, dead, lease, ledger, store
 from .connection import Target
 from .errors import ArgumentError, GroupBusyError, LeaseLostError
+from .fields import key_of
 from .lease import Lease
-from .messages import Message, MessageWindow
+from .messages import Message, MessageWindow, window_of
 from .store import Span
 
 LEASE = 10.0
@@ -37,6 +38,7 @@ class Group:
         windows, messages: how many were processed, counted again when they are processed again.
         failed: how many windows became dead letters, also those that were replayed or discarded since.
         retried: how many attempts failed and were followed by another one.
+        late: how many messages came when all their windows were closed.
         expired: how many messages were deleted by their age before they were processed.
         owner: 'host:pid' of the consumer that leads now, by the server's time, or None.
         stalled: since when windows wait and none is finished (aware, UTC), or None.
@@ -53,6 +55,7 @@ class Group:
     messages: int
     failed: int
     retried: int
+    late: int
     expired: int
     owner: str | None
     stalled: datetime | None
@@ -182,6 +185,7 @@ class DeadLetter:
         error: of the last one, a line.
         failed: when that was (aware, UTC).
         start, end: the time span [start, end) of a time window, else None.
+        key: with ``key=``, what its messages have in common, else None.
         waiting: whether it waits to be run again, since `replay`.
     """
 
@@ -195,6 +199,7 @@ class DeadLetter:
     failed: datetime
     start: datetime | None
     end: datetime | None
+    key: Any
     waiting: bool
     _target: Target = field(repr=False, compare=False)
 
@@ -221,9 +226,7 @@ class DeadLetter:
     def load(self) -> MessageWindow:
         """The window as the function was given it, from the copies that were kept; ArgumentError if it is gone."""
         doc, db = self._read(), self._target.majority
-        records = dead.records(db, self.id, ledger.all_spans(db, doc))
-        place = (self.id, self.stream, self.number, clock.aware(doc['created']), self.start, self.end, self.attempts)
-        return MessageWindow(*place, records, as_picked=bool(doc.get('picked')))
+        return window_of(doc, self.stream, dead.records(db, self.id, ledger.all_spans(db, doc)))
 
     def replay(self) -> None:
         """Have it run again, under the same id, by the consumer that leads its group now or later.
@@ -331,6 +334,7 @@ def _group(target: Target, doc: dict[str, Any]) -> Group:
         messages=int(doc.get('messages', 0)),
         failed=int(doc.get('failed', 0)),
         retried=int(doc.get('retried', 0)),
+        late=int(doc.get('late', 0)),
         expired=int(doc.get('expired_unprocessed', 0)),
         owner='{host}:{pid}'.format_map(doc['lease']['owner']) if held else None,
         stalled=_time(doc.get('stalled')),
@@ -352,6 +356,7 @@ def _dead_letters(target: Target, docs: list[dict[str, Any]]) -> DeadLetters:
             failed=clock.aware(doc['failed']),
             start=_time(doc.get('start')),
             end=_time(doc.get('end')),
+            key=None if doc.get('key') is None else key_of(doc['key']),
             waiting=doc['status'] == 'replay',
             _target=target,
         )

@@ -3,15 +3,20 @@
 Collections (see docs/architecture.rst for why):
 
 ``group``     {_id: stream/group, stream, group, lease: {owner, epoch, expires}, fingerprint, keep, picks, number,
-              frontier, seen, started, sessions, stalled, deleted, reset, windows, messages, expired_unprocessed,
-              retried, failed}; every window up to ``number`` is finished; ``reset`` are positions decided on, not all
+              frontier, watermark, seen, started, sessions, stalled, deleted, reset, windows, messages,
+              expired_unprocessed, retried, failed, late}; every window up to ``number`` is finished, and below the
+              positions; ``frontier`` and ``watermark`` are theirs; ``reset`` are positions decided on, not all
               written yet; ``deleted`` makes it a tombstone
 ``position``  {_id: stream/group/producer, stream, group, producer, offset, epoch, updated, cleaned}; every message
               of the producer below ``offset`` is finished
-``window``    {_id: stream/group/number, stream, group, number, spans, n, start, end, status, epoch, attempts, error,
-              traceback, failed, tried, picked, created, processed}; spans are [producer, from, to), and go on in
-              ``window_spans`` if there are many. Its status goes from open to processed or failed (a dead letter),
-              from failed to replay when somebody asks for it, and on to processed or failed; or it is void.
+``window``    {_id: stream/group/number, stream, group, number, spans, n, start, end, key, watermark, frontier, part,
+              late, bad, status, epoch, attempts, error, traceback, failed, tried, picked, created, processed}
+
+              - spans are [producer, from, to, from, to ...), and go on in ``window_spans`` if there are many
+              - its status goes from open to processed or failed (a dead letter), from failed to replay when somebody
+                asks for it, and on to processed or failed; or it is void
+              - ``frontier``: with this window, all up to that time is claimed; ``part``: emitted before its end;
+                ``late``: of messages whose windows were closed; ``bad``: of one message, and why it has no window
 
 The functions take the database and know nothing of any connection. Those that change what a consumer group owns
 take its `epoch`, and change nothing once another consumer has taken over.
@@ -204,7 +209,8 @@ def claim_windows(db: DB, docs: list[Doc], epoch: int) -> None:
     Raises:
         LeaseLostError: if a number is taken by another consumer.
     """
-    parts = [part for doc in docs for part in _split_spans(doc)]
+    docs = [dict(doc) for doc in docs]
+    parts = [part for doc in docs for part in _pack_spans(doc)]
     if parts:
         db.window_spans.bulk_write([UpdateOne({'_id': p['_id']}, {'$set': p}, upsert=True) for p in parts])
     while docs:
@@ -275,25 +281,35 @@ def sweep_windows(db: DB, stream: str, group: str, upto: int, now: datetime) -> 
 
 def all_spans(db: DB, doc: Doc) -> list[Span]:
     """The spans of a window, also those that did not fit into its document."""
-    spans = [Span(*span) for span in doc.get('spans') or ()]
+    packed = list(doc.get('spans') or ())
     if doc.get('parts'):
         for part in db.window_spans.find({'_id': {'$in': doc['parts']}}).sort('_id', 1):
-            spans += [Span(*span) for span in part['spans']]
-    return spans
+            packed += part['spans']
+    return [Span(producer, *run) for producer, *edges in packed for run in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _split_spans(doc: Doc) -> list[Doc]:
+def _pack_spans(doc: Doc) -> list[Doc]:
+    """Put the spans of a window into its document in their stored form; what is too much for it is returned."""
     spans = doc['spans']
-    if len(spans) <= MAX_SPANS:
+    first, *more = (_packed(spans[at : at + MAX_SPANS]) for at in range(0, max(len(spans), 1), MAX_SPANS))
+    doc['spans'] = first
+    if not more:
         return []
-    doc['spans'] = spans[:MAX_SPANS]
     # With the epoch in their names, a consumer that lost its lease cannot overwrite those of the next one.
-    doc['parts'] = [f'{doc["_id"]}+{doc["epoch"]}+{i:06d}' for i in range(-(-len(spans) // MAX_SPANS) - 1)]
+    doc['parts'] = [f'{doc["_id"]}+{doc["epoch"]}+{i:06d}' for i in range(len(more))]
     same = {key: doc[key] for key in ('stream', 'group', 'number')}
-    return [
-        {'_id': id_, **same, 'spans': spans[(i + 1) * MAX_SPANS : (i + 2) * MAX_SPANS]}
-        for i, id_ in enumerate(doc['parts'])
-    ]
+    return [{'_id': id_, **same, 'spans': packed} for id_, packed in zip(doc['parts'], more, strict=True)]
+
+
+def _packed(spans: Iterable[Span]) -> list[list[Any]]:
+    """Spans as [producer, from, to, from, to ...]; their order is kept."""
+    packed: list[list[Any]] = []
+    for producer, start, end in spans:
+        if packed and packed[-1][0] == producer:
+            packed[-1] += (start, end)
+        else:
+            packed.append([producer, start, end])
+    return packed
 
 
 def _windows(stream: str, group: str, first: int, end: int | None = None) -> Doc:
@@ -483,7 +499,7 @@ def reset_group(db: DB, stream: str, group: str, epoch: int, number: int, positi
     decided = [[producer, Int64(offset)] for producer, offset in positions.items()]
     update = {
         '$set': {'number': number, 'started': True, 'reset': decided},
-        '$unset': {'frontier': 1, 'stalled': 1},
+        '$unset': {'frontier': 1, 'watermark': 1, 'stalled': 1},
     }
     if db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, update).matched_count == 0:
         raise LeaseLostError

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from . import clock, store
+from .fields import key_of
 from .store import Span
 
 
@@ -31,6 +32,8 @@ class MessageWindow:
         number: the number of the window in its consumer group.
         created: when the window was made.
         start, end: the time span [start, end) of a time window, else None.
+        key: with ``key=``, what its messages have in common, else None.
+        watermark: with ``timestamp=``, up to when all messages had come, but for late ones, when it was closed.
         attempt: 1 for the first attempt.
         missing: how many of its messages had expired before they were read.
 
@@ -48,7 +51,10 @@ class MessageWindow:
         attempt: int,
         records: list[tuple[Span, list[dict[str, Any]]]],
         as_picked: bool = False,
+        key: Any = None,
+        watermark: datetime | None = None,
     ) -> None:
+        self.key, self.watermark = key, watermark
         self.id, self.stream, self.number, self.created = id, stream, number, created
         self.start, self.end, self.attempt = start, end, attempt
         self._slices = [(span.producer, *piece) for span, found in records for piece in store.trim(span, found)]
@@ -91,6 +97,16 @@ class MessageWindow:
 
     def __repr__(self) -> str:
         return f'<window {self.id} with {self._count} messages>'
+
+
+def window_of(doc: dict[str, Any], stream: str, records: list[tuple[Span, list[dict[str, Any]]]]) -> MessageWindow:
+    """The window that a window document says, with these records for its spans."""
+    start, end, watermark = (doc.get(name) and clock.aware(doc[name]) for name in ('start', 'end', 'watermark'))
+    key = None if doc.get('key') is None else key_of(doc['key'])
+    return MessageWindow(
+        doc['_id'], stream, doc['number'], clock.aware(doc['created']), start, end, int(doc.get('attempts') or 1),
+        records, bool(doc.get('picked')), key, watermark,
+    )  # fmt: skip
 
 
 def _messages(producer: str, record: dict[str, Any], first: int, end: int) -> Iterator[Message]:

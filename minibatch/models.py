@@ -21,7 +21,7 @@ from mongoengine.fields import BooleanField, DateTimeField, FloatField, IntField
 from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 
-from . import clock, dead, groups, ledger, store
+from . import clock, dead, groups, ledger, messages, store
 from .abc import Source, WindowCommit
 from .backlog import TIMEOUT, Limits
 from .connection import Target, current, current_stream, is_passing, target
@@ -123,6 +123,11 @@ class Window(_Model):
     start = DateTimeField()
     end = DateTimeField()
     key = _RawField()
+    watermark = DateTimeField()
+    frontier = DateTimeField()
+    part = BooleanField()
+    late = BooleanField()
+    bad = StringField()
     status = StringField()
     epoch = IntField()
     attempts = IntField()
@@ -148,14 +153,8 @@ class Window(_Model):
         """The window as a function is given it, with what is still stored of its messages."""
         db = self._get_collection().database
         spans = ledger.all_spans(db, {'_id': self.id, 'spans': self.spans, 'parts': self.parts})
-        if self.failed:
-            records = dead.records(db, self.id, spans)
-        else:
-            records = [(span, store.read_records(db, self.stream, span)) for span in spans]
-        start, end = (at and clock.aware(at) for at in (self.start, self.end))
-        created = clock.aware(self.created)
-        place = (self.id, self.stream, self.number, created, start, end, self.attempts or 1)
-        return MessageWindow(*place, records, as_picked=bool(self.picked))
+        records = dead.records(db, self.id, spans) if self.failed else store.Records(db, self.stream, spans).of(spans)
+        return messages.window_of(self.to_mongo(), self.stream, records)
 
 
 class Stream(_Model):
@@ -568,11 +567,11 @@ def check_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ArgumentError(f'{name} must be a number, not {value!r}')
-        if name in ('size', 'batchsize', 'workers', 'max_attempts', 'max_backlog'):
+        if name in ('size', 'batchsize', 'workers', 'max_attempts', 'max_backlog', 'max_open_windows'):
             most = store.MAX_BATCH if name == 'batchsize' else MAX_COUNT
             if not float(value).is_integer() or not 1 <= value <= most:
                 raise ArgumentError(f'{name} must be a whole number from 1 to {most:,}, not {value!r}')
         else:
-            least = {'linger': 0.0, 'lease': 0.1}.get(name, 0.001)
+            least = {'linger': 0.0, 'lateness': 0.0, 'lease': 0.1}.get(name, 0.001)
             if not least <= value <= MAX_SECONDS:
                 raise ArgumentError(f'{name} must be from {least:g} to {MAX_SECONDS:g} seconds, not {value!r}')

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from . import clock, dead, ledger, store
 from .connection import using
@@ -23,7 +23,7 @@ from .lease import Adoption, Lease
 from .marshaller import Portable
 from .models import Buffer, Stream
 from .producer import new_id
-from .progress import Claim, Progress
+from .progress import Claim, Log, Progress, WindowPlan
 from .retention import Follower
 from .stall import StallWatch
 from .store import Span
@@ -58,10 +58,9 @@ class Planner:
         self.stream: Stream = self.emitter.stream
         self.target = self.stream.target
         self.name, self.group, self.epoch = self.emitter.stream_name, self.emitter.group, taken.epoch
-        self.progress = Progress(0, 1, {}, None)
+        self.progress = Progress(0, 1, {})
         self.follower = Follower(self.target, self.name, self.group, taken, self.emitter.keep)
         self._adoption = Adoption(self.target, self.name, new_id)
-        self._ends: dict[str, int] = {}
         self._news: deque[dict[str, Any]] = deque()
         self._begun: set[str] = set()  # producers whose next message is known to be stored
         self._in_flight: dict[int, Task] = {}
@@ -133,12 +132,12 @@ class Planner:
     def run_once(self) -> int:
         """Process what is due now, each window once; returns how many were committed."""
         now = self.lease.now()
-        self._look()
+        self._look(now)
         tried: set[int] = set()
         while True:
-            self._plan(now)
+            planned = self._plan(now)
             self._dispatch(tried)
-            if not self._in_flight and not self._collect():  # else results that were held are delivered now
+            if not (planned or self._in_flight or self._collect()):  # else results that were held are delivered now
                 break
             self.consumer.wait(TICK if self._in_flight else 0)
             self._collect()
@@ -158,7 +157,7 @@ class Planner:
         now = self.lease.now()
         due = self.emitter.next_due()
         if time.monotonic() >= self._look_at or (due is not None and now >= due):
-            self._look()  # after `now`: what was stored before a window closes must be seen
+            self._look(now)  # after `now`: what was stored before a window closes must be seen
         planned = self._plan(now)
         dispatched = self._dispatch()
         self._follow()
@@ -206,11 +205,11 @@ class Planner:
             record = self._news.popleft()
             self._heard += 1
             producer, offset = record.get('producer', ''), record.get('offset')
-            known = self._ends.get(producer)
+            known = self.log.ends.get(producer)
             if known is None or offset is None or offset > known or self.emitter.picks:
                 self._look_at, self._look_pause = 0.0, LOOK_PAUSES[0]
             else:
-                self._ends[producer] = max(known, offset + record.get('n', 1))
+                self.log.ends[producer] = max(known, offset + record.get('n', 1))
 
     # --- recover
 
@@ -234,25 +233,17 @@ class Planner:
                 positions = self._first_positions(positions)
         ledger.sweep_windows(db, self.name, self.group, number, self.lease.now())
         dead.sweep(db, self.name, self.group, self.emitter.keep)
-        frontier = doc.get('frontier') and clock.aware(doc['frontier'])
-        self.progress = Progress(number, following, positions, frontier)
+        marks = (doc.get(name) and clock.aware(doc[name]) for name in ('frontier', 'watermark'))
+        self.progress = Progress.resume(
+            windows, number, following, positions, *marks, follows=not self.emitter.assigns
+        )
         self.delivery = Delivery(self.emitter, self.target, self.lease, self.progress, self.follower)
-        known = {window['number'] for window in windows}
-        for missing in range(number + 1, following):
-            if missing not in known:
-                self.progress.finished(missing)
-        for window in windows:
-            start, end = (window.get(key) and clock.aware(window[key]) for key in ('start', 'end'))
-            if window['status'] == 'open':
-                self.progress.claim(self._claim_of(window, start, end))
-                continue
-            self.progress.finished(window['number'], window['spans'], end)
-            if self.emitter.picks:  # its messages may not have been acknowledged
-                self.emitter.commit(self._claim_of({**window, 'status': 'processed'}, start, end).picked, None)
-        ends = [clock.aware(window['end']) for window in windows if window.get('end')]
-        if self.progress.frontier is not None:
-            ends.append(self.progress.frontier)
-        self.log = LogView(self, max(ends, default=None))
+        if self.emitter.picks:
+            for claim in self.progress.found:
+                self._pick_again(claim)
+                if claim.number not in self.progress.open:  # its messages may not have been acknowledged
+                    self.emitter.commit(claim.picked, None)
+        self.log = LogView(self)
         self.follower.resume(positions, ledger.read_cleaned(db, self.name, self.group))
 
     def _finish_what_was_decided(self, doc: dict[str, Any], number: int) -> None:
@@ -277,28 +268,25 @@ class Planner:
         ledger.start_group(db, self.name, self.group, self.epoch)
         return positions
 
-    def _claim_of(self, window: dict[str, Any], start: Any, end: Any) -> Claim:
-        claim = Claim(
-            window['_id'], window['number'], window['spans'], clock.aware(window['created']), start, end,
-            int(window.get('attempts', 1)), replay=window['status'] == 'replay', tried=int(window.get('tried', 0)),
-        )  # fmt: skip
-        if self.emitter.picks:
-            db = self.target.majority
-            docs = dead.read(db, claim.id) if claim.replay else store.read_documents(db, self.name, claim.spans)
-            claim.picked = [Buffer._from_son(doc) for doc in docs]
-            claim.argument = self.emitter.prepare(claim.picked)
-        return claim
+    def _pick_again(self, claim: Claim) -> None:
+        """The messages of a window that a former leader has claimed."""
+        db = self.target.majority
+        replay = claim.replay and claim.number in self.progress.open
+        docs = dead.read(db, claim.id) if replay else store.read_documents(db, self.name, claim.spans)
+        claim.picked = [Buffer._from_son(doc) for doc in docs]
+        claim.argument = self.emitter.prepare(claim.picked)
 
     # --- plan and claim
 
-    def _look(self) -> None:
-        """See how far the producers have come."""
+    def _look(self, now: datetime) -> None:
+        """See how far the producers have come; `now` is before that."""
         db = self.target.majority
         if time.monotonic() >= self._adopt_at and not self.emitter.picks:
             self._adoption.run()
             self._adopt_at = time.monotonic() + ADOPTION_PAUSE
-        before, self._ends = self._ends, store.log_ends(db, self.name)
-        for producer, end in self._ends.items():
+        before, ends = self.log.ends, store.log_ends(db, self.name)
+        self.log.ends, self.log.looked = ends, now
+        for producer, end in ends.items():
             if producer not in self._begun:
                 self._begun.add(producer)
                 planned = self.progress.planned.get(producer, 0)
@@ -306,10 +294,10 @@ class Planner:
                 if first is not None:
                     self._skip_to(producer, first)
         self._take_replays()
-        if len(self.progress.planned) > 2 * len(self._ends) + 100:
-            self.progress.forget(self._ends)
-            self._begun.intersection_update(self._ends)
-        self._look_at = time.monotonic() + self._pause_after_look(news=self._ends != before)
+        if len(self.progress.planned) > 2 * len(ends) + 100:
+            self.progress.forget(ends)
+            self._begun.intersection_update(ends)
+        self._look_at = time.monotonic() + self._pause_after_look(news=ends != before)
 
     def _skip_to(self, producer: str, first: int) -> None:
         if first > self.progress.planned.get(producer, 0):  # what was before it is deleted, or not to be seen yet
@@ -330,8 +318,10 @@ class Planner:
         if len(windows) < room:  # else there may be more
             self._replay_at = time.monotonic() + REPLAY_PAUSE
         for window in windows:
-            start, end = (window.get(key) and clock.aware(window[key]) for key in ('start', 'end'))
-            self.progress.claim(self._claim_of(window, start, end))
+            claim = Claim.stored(window)
+            self.progress.claim(claim)
+            if self.emitter.picks:
+                self._pick_again(claim)
 
     def _pause_after_look(self, news: bool) -> float:
         """Short while messages come, growing while none do, up to what the change stream allows."""
@@ -344,7 +334,8 @@ class Planner:
         return LOOK_PAUSE_BUSY if self._in_flight else self._look_pause
 
     def _plan(self, now: datetime) -> bool:
-        """Claim the windows that are due, as many as are needed to keep the executor busy."""
+        """Claim the windows that are due, as many as are needed to keep the executor busy; returns whether there were
+        any, or there is more to read."""
         if not self.lease.valid:
             raise LeaseLostError
         per_task = self._windows_per_task(CLAIM_WINDOWS)
@@ -355,23 +346,28 @@ class Planner:
         limit = min(wanted - waiting, MAX_OPEN - len(new))
         if self.emitter.picks:
             plans = self._picked() if not new else []
+        elif limit > wanted // 2:
+            plans = self.emitter.plan(self.log, now, limit)
         else:
-            plans = self.emitter.plan(cast(Any, self.log), now, limit) if limit > wanted // 2 else []
-        if not plans:
             return False
+        self._claim(plans, now)
+        return bool(plans) or self.log.more
+
+    def _claim(self, plans: list[WindowPlan], now: datetime) -> None:
         claims = [
-            Claim(
-                ledger.window_id(self.name, self.group, number), number, plan.spans, now, plan.start, plan.end,
-                picked=plan.picked, query_args=plan.query_args, argument=plan.argument,
-            )
+            Claim.planned(plan, self.name, self.group, number, now)
             for number, plan in enumerate(plans, self.progress.next_number)
-        ]  # fmt: skip
-        ledger.claim_windows(self.target.majority, [self._document(claim) for claim in claims], self.epoch)
+        ]
+        documents = [claim.document(self.name, self.group, self.epoch) for claim in claims]
+        if self.emitter.picks:
+            documents = [{**doc, 'picked': True} for doc in documents]
+        if documents:
+            ledger.claim_windows(self.target.majority, documents, self.epoch)
         for claim in claims:
             self.progress.claim(claim)
-        return True
+        self.log.claimed()
 
-    def _picked(self) -> list[Any]:
+    def _picked(self) -> list[WindowPlan]:
         """The next window of an emitter that picks messages, which must lie in the log one by one."""
         self._unbatch()
         try:
@@ -389,24 +385,6 @@ class Planner:
             self._unbatched[producer] = end
         return count
 
-    def _document(self, claim: Claim) -> dict[str, Any]:
-        doc = {
-            '_id': claim.id,
-            'stream': self.name,
-            'group': self.group,
-            'number': claim.number,
-            'spans': [list(span) for span in claim.spans],
-            'n': claim.n,
-            'status': 'open',
-            'epoch': self.epoch,
-            'attempts': claim.attempts,
-            'created': claim.created,
-            'processed': False,
-        }
-        if self.emitter.picks:
-            doc['picked'] = True
-        return {**doc, 'start': claim.start, 'end': claim.end} if claim.end else doc
-
     # --- dispatch
 
     def _dispatch(self, tried: set[int] | None = None) -> bool:
@@ -418,6 +396,8 @@ class Planner:
             for number, claim in sorted(self.progress.open.items())
             if number not in busy and claim.not_before <= now
         ]
+        if self._set_aside([claim for claim in ready if claim.aside], tried):
+            return True
         if self.emitter.ordered:
             ready = self.delivery.in_order(ready, len(self._dispatched))
         suspects = [claim for claim in ready if claim.suspect]
@@ -435,6 +415,14 @@ class Planner:
             self._start(claims)
             started = True
         return started
+
+    def _set_aside(self, claims: list[Claim], tried: set[int] | None) -> bool:
+        """Settle windows that no function is called for; returns whether there were any."""
+        if tried is not None:
+            tried.update(claim.number for claim in claims)
+        if claims:
+            self.delivery.set_aside(claims)
+        return bool(claims)
 
     def _next_task(self, ready: list[Claim]) -> list[Claim]:
         count = self._windows_per_task(len(ready))
@@ -457,13 +445,7 @@ class Planner:
     def _start(self, claims: list[Claim]) -> None:
         if not self.lease.valid:
             raise LeaseLostError
-        works = [
-            Work(
-                claim.id, claim.number, claim.created, claim.start, claim.end, claim.attempts, claim.spans,
-                claim.argument, self.emitter.picks, claim.replay,
-            )
-            for claim in claims
-        ]  # fmt: skip
+        works = [Work.of(claim, self.emitter.picks) for claim in claims]
         task = Task(self.target, self.name, self.consumer._fn, works, self.emitter.forwards, self.consumer.limit)
         if self.emitter.overrides('emit'):
             task.fn = Portable(self.emitter.emit)
@@ -522,29 +504,42 @@ class Planner:
     def _follow(self, wait: bool = False) -> None:
         """Let positions and deletions follow the commits, in the background."""
         if self.emitter.picks:
-            self.follower.follow({}, self.progress.number, self.progress.frontier, wait)
+            self.follower.follow({}, self.progress.number, self.progress.marks, wait)
             return
         if wait or self.follower.is_due():
             moved = self.progress.moved()
             self.progress.written(moved)
-            self.follower.follow(moved, self.progress.number, self.progress.frontier, wait)
+            self.follower.follow(moved, self.progress.number, self.progress.marks, wait)
 
 
-class LogView:
-    """What the emitter sees of the log; see `minibatch.window.Log`."""
+class LogView(Log):
+    """The log as it is stored."""
 
-    def __init__(self, planner: Planner, frontier: datetime | None) -> None:
+    def __init__(self, planner: Planner) -> None:
+        super().__init__(planner.progress)
         self._planner = planner
-        self.frontier = frontier
-        self.memory: dict[str, Any] = {}
-
-    def waiting(self) -> list[Span]:
-        planned = self._planner.progress.planned
-        spans = (Span(producer, planned.get(producer, 0), end) for producer, end in self._planner._ends.items())
-        return [span for span in spans if span.start < span.end]
 
     def times(self, span: Span) -> Iterator[tuple[int, int, list[datetime]]]:
         return store.read_times(self._planner.target.majority, self._planner.name, span)
+
+    def messages(self, span: Span, names: list[str] | None) -> Iterator[tuple[int, datetime, Any]]:
+        db, name, at = self._planner.target.majority, self._planner.name, span.start
+        for message in store.read_messages(db, name, span, names):
+            if message[0] > at:
+                break
+            yield message
+            at = message[0] + 1
+        if at == span.end:
+            return
+        missing = 0  # they are deleted, or a new primary does not see them yet
+        with self._planner.target.client.start_session(causal_consistency=True) as session:
+            store.see_all(db, name, session)
+            for message in store.read_messages(db, name, span._replace(start=at), names, session):
+                missing += message[0] - at
+                yield message
+                at = message[0] + 1
+        if missing + span.end - at:
+            self._planner.delivery.expired(missing + span.end - at)
 
 
 class _Done:

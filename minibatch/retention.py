@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import Any
 
 from pymongo.client_session import ClientSession
 from pymongo.errors import PyMongoError
@@ -42,7 +41,7 @@ class Follower:
         self._changed = threading.Condition()
         self._moved: dict[str, int] = {}
         self._number = self._written_number = self._deleted_number = 0
-        self._frontier: datetime | None = None
+        self._marks: dict[str, datetime] = {}
         self._counts: Counter[str] = Counter()
         self._positions: dict[str, int] = {}
         self._cleaned: dict[str, int] = {}
@@ -67,8 +66,10 @@ class Follower:
         """Whether enough time has passed since the last `follow`."""
         return time.monotonic() - self._last >= PAUSE
 
-    def follow(self, moved: dict[str, int], number: int, frontier: datetime | None, wait: bool) -> None:
-        """Follow to these positions and window number; with `wait` return when all is written and deleted.
+    def follow(self, moved: dict[str, int], number: int, marks: dict[str, datetime], wait: bool) -> None:
+        """Follow to these positions, and to this window number with its marks in time.
+
+        With `wait` return when all is written and deleted.
 
         Raises:
             LeaseLostError: if another consumer has taken over.
@@ -79,7 +80,7 @@ class Follower:
             self._error = None
             self._last = time.monotonic()
             self._moved.update(moved)
-            self._number, self._frontier = number, frontier
+            self._number, self._marks = number, marks
             if self._thread is None:
                 name = f'minibatch-follower-{self._stream}'
                 self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -109,13 +110,13 @@ class Follower:
                 if self._closed:
                     break
                 moved, self._moved = self._moved, {}
-                number, frontier = self._number, self._frontier
+                number, marks = self._number, self._marks
                 counts, self._counts = self._counts, Counter()
                 self._busy = True
             error: Exception | None = None
             try:
                 with self._target.client.start_session(causal_consistency=True) as session:
-                    self._write(moved, number, frontier, counts, session)
+                    self._write(moved, number, marks, counts, session)
                     self._written_number, moved, counts = number, {}, Counter()
                     self._retain(number, session)
             except Exception as exc:  # whatever it is, `follow` must not wait for ever
@@ -135,15 +136,13 @@ class Follower:
             self._note_cleaned()
 
     def _write(
-        self, moved: dict[str, int], number: int, frontier: datetime | None, counts: Counter[str],
+        self, moved: dict[str, int], number: int, marks: dict[str, datetime], counts: Counter[str],
         session: ClientSession,
     ) -> None:  # fmt: skip
         db = self._target.majority
         ledger.write_positions(db, self._stream, self._group, self._epoch, moved)
         self._positions.update(moved)
-        fields: dict[str, Any] = {'number': number}
-        if frontier is not None:
-            fields['frontier'] = frontier
+        fields = {'number': number, **marks}
         ledger.write_progress(db, self._stream, self._group, self._epoch, fields, dict(counts), session)
 
     def _retain(self, number: int, session: ClientSession) -> None:

@@ -16,9 +16,11 @@ The functions take the database and know nothing of any connection. What consume
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
+from itertools import chain
 from typing import Any, NamedTuple
 
 import bson
@@ -34,6 +36,7 @@ from .connection import is_passing
 
 FORMAT = 1
 MAX_BATCH = 10_000
+NEAR = 100  # reading so many messages more costs less than another query
 DUPLICATE_KEY = 11000
 
 Doc = dict[str, Any]
@@ -293,6 +296,41 @@ def read_records(db: DB, stream: str, span: Span, session: ClientSession | None 
     return found
 
 
+class Records:
+    """The record batches that hold the messages of many spans, each stretch of a producer's log read once."""
+
+    def __init__(
+        self, db: DB, stream: str, spans: Iterable[Span], session: ClientSession | None = None
+    ) -> None:
+        self._found: dict[str, tuple[list[int], list[Doc]]] = {}
+        for stretch in _stretches(spans):
+            offsets, records = self._found.setdefault(stretch.producer, ([], []))
+            for record in read_records(db, stream, stretch, session):
+                offsets.append(record['offset'])
+                records.append(record)
+
+    def of(self, spans: Iterable[Span]) -> list[tuple[Span, list[Doc]]]:
+        """Each of some of these spans with its record batches; the outer ones may hold more."""
+        return [(span, self._covering(span)) for span in spans]
+
+    def _covering(self, span: Span) -> list[Doc]:
+        offsets, records = self._found.get(span.producer, ([], []))
+        first = max(bisect_right(offsets, span.start) - 1, 0)
+        return records[first : bisect_left(offsets, span.end)]
+
+
+def _stretches(spans: Iterable[Span]) -> list[Span]:
+    """The spans in order, those that overlap, touch, or are near each other joined."""
+    joined: list[Span] = []
+    for span in sorted(spans):
+        last = joined[-1] if joined else None
+        if last is not None and last.producer == span.producer and span.start <= last.end + NEAR:
+            joined[-1] = last._replace(end=max(span.end, last.end))
+        else:
+            joined.append(span)
+    return joined
+
+
 def see_all(db: DB, stream: str, session: ClientSession) -> None:
     """After this a (causally consistent) session sees all that the majority had before.
 
@@ -310,6 +348,23 @@ def read_times(db: DB, stream: str, span: Span, limit: int = 5000) -> Iterator[t
     found = db.buffer.find(_log_range(stream, span), fields, batch_size=5000).sort('offset', 1).limit(limit)
     for doc in found:
         yield int(doc['offset']), int(doc['n']), times_of(doc)
+
+
+def read_messages(
+    db: DB, stream: str, span: Span, names: list[str] | None, session: ClientSession | None = None
+) -> Iterator[tuple[int, datetime, Any]]:
+    """(offset, creation time, data) of the messages of a span, in order; of the data only these fields, if named."""
+    fields = {'_id': 0, 'stream': 0, 'producer': 0, 'processed': 0, 'meta': 0}
+    if names is not None and not any('$' in name for name in names):
+        inner = [name for name in sorted(set(names)) if not any(name.startswith(f'{other}.') for other in names)]
+        fields = {'_id': 0, **dict.fromkeys(('offset', 'n', 'created', 'times'), 1)}
+        fields.update((f'{where}.{name}', 1) for where in ('data', 'batch') for name in inner)
+    around = _record_around(db, stream, span.producer, span.start, fields, session)
+    found = db.buffer.find(_log_range(stream, span), fields, session=session).sort('offset', 1)
+    for record, first, end in trim(span, chain([around] if around is not None else [], found)):
+        offset, times, batch = int(record['offset']), times_of(record), record.get('batch')
+        for i in range(first, end):
+            yield offset + i, times[i], batch[i] if batch else record.get('data', {})
 
 
 def read_documents(db: DB, stream: str, spans: Iterable[Span]) -> list[Doc]:

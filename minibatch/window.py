@@ -1,377 +1,207 @@
 """The emitters: which messages make a window.
 
 `CountWindow`, `FixedTimeWindow` and `RelaxedTimeWindow` plan from what the log says of itself (how far each producer
-has come, and when messages were created), without reading a message. Planning is pure: the time is an argument.
+has come, and when messages were created), without reading a message. With ``key`` or ``timestamp``, and in
+`SlidingTimeWindow` and `SessionWindow`, messages are read, and assigned to windows (assign.py). Planning is pure: the
+time is an argument.
 
 A subclass of `WindowEmitter` of your own picks the messages itself, see there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import queue as queues
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from datetime import datetime, timedelta
-from typing import Any, Protocol
+from typing import Any
 
-from . import clock, store
-from .consumer import Consumer
+from . import assign, clock, edges, kinds, messages
+from .assign import Assigner, Grid, Message, Rule, Sessions, Stored, Waits
+from .emitter import WindowEmitter, check_choice
 from .errors import ArgumentError
-from .models import Buffer, Stream, Window, check_name, check_options
+from .fields import BadMessage, Fields
+from .marshaller import name_of
+from .models import Stream, check_options
+from .progress import Log, WindowPlan
 from .store import Span
+
+__all__ = [
+    'CountWindow', 'FixedTimeWindow', 'PlannedWindow', 'RelaxedTimeWindow', 'SessionWindow', 'SlidingTimeWindow',
+    'WindowEmitter',
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-MAX_RUNS = 100_000
+CHUNK = 20_000
+QUERY = 100  # messages that cost as much to read as the query for them
+MAX_SLIDES = 1000
+MAX_OPEN_WINDOWS = 10_000
+WARN_PAUSE = timedelta(minutes=1)
 
 
-class Log(Protocol):
-    """What an emitter knows of a stream."""
-
-    frontier: datetime | None
-    """Up to when windows were planned, in time windows; emitters move it."""
-
-    memory: dict[str, Any]
-    """What the emitter remembers of producers. It is empty when the lease is taken anew, because what was planned
-    last may not have been claimed."""
-
-    def waiting(self) -> list[Span]:
-        """What is not yet in a window, of each producer that has something, oldest producer first."""
-
-    def times(self, span: Span) -> Iterator[tuple[int, int, list[datetime]]]:
-        """(offset, n, creation times) of the first record batches of a span."""
-
-
-@dataclass
-class WindowPlan:
-    """A window that is due. `picked`, `query_args` and `argument` belong to emitters that pick messages."""
-
-    spans: list[Span]
-    start: datetime | None = None
-    end: datetime | None = None
-    picked: list[Any] = field(default_factory=list)
-    query_args: Sequence[Any] = ()
-    argument: Any = None
-
-    @property
-    def n(self) -> int:
-        return sum(span.end - span.start for span in self.spans)
-
-
-class WindowEmitter:
-    """Cuts a stream into windows, and runs the loop that processes them.
-
-    Subclass it to pick messages your own way, out of order if you like. These methods are called, in this order:
-
-    - ``window_ready()`` returns ``(ready, query_args)``: whether there is a window, and what `query` needs for it
-    - ``query(*query_args)`` returns the `Buffer` objects of the window
-    - ``process(objs)`` returns what the function is called with, by default a window of these messages
-    - ``emit(window)`` calls the function, by default through the executor
-    - ``forward(data)`` gives the result to the sink
-    - ``commit(objs, window)`` acknowledges the messages: by default deletes them, or marks them as processed
-    - ``timestamp(query_args)`` notes on the stream that it was read
-    - ``undo(objs, window)`` is called instead of the last two when the function or the sink fails
-    - ``sleep()`` waits when no window is ready
-
-    A message counts as processed when its `Buffer` is deleted or has ``processed=True``; there can be no second
-    consumer group beside such an emitter, because they would share that mark.
+class PlannedWindow(WindowEmitter):
+    """What the emitters below have in common: windows by key and by event time, which read the messages.
 
     Args:
-        stream_name: the stream to read.
-        interval: seconds between windows; what it means is the subclass's choice.
-        size: messages per window; what it means is the subclass's choice.
-        emitfn: the function, called with each window; without it the window itself is the result.
-        processfn: makes, from the list of messages (objects with ``data``), what `emitfn` is called with.
-        forwardfn: called with each result, in this process.
-        emit_empty: whether windows without messages are emitted.
-        executor: class or instance of anything with ``submit(fn)``, see `minibatch.abc.Executor`.
-        max_workers: how many worker processes, or how many calls of `executor` at once; all CPUs by default.
-        stream: the `Stream` to read, if it is open already.
-        stream_url: the MongoDB URL.
-        queue: a queue; a true item in it stops the loop.
-        group: the consumer group.
-        keep: whether messages and windows stay stored after they were processed.
-        lease: seconds after which another consumer of the group takes over when this one is silent.
-        max_attempts: how often a window is tried before it is a dead letter.
-        timeout: seconds the function may take for a window; then its worker process is ended and replaced.
-        on_error: what happens after the last attempt: 'continue', with the window as a dead letter, or 'stop', with
-            a `WindowFailedError`, and the window still open.
-        ordered: call the sink in the order of the windows. One that fails holds those after it up.
-        start: where a new group starts: 'earliest', with the oldest message that is stored, or 'latest', with what is
-            appended from now on.
-        stall_after: seconds after which a warning says that windows wait and none is finished.
-        sink: takes the results, see `minibatch.abc.Sink`; instead of `forwardfn`.
-        source: attached to the stream while this consumer has the lease.
-        cnx_kwargs: further options of `pymongo.MongoClient`.
+        key: the name of a field, 'a' or 'a.b', or a function of a message's data, called in this process: then there
+            is a window for each key, a str, int, float, bool, datetime, ObjectId, or a tuple of those. A message
+            without is a dead letter of its own.
+        timestamp: the name of a field, or a function: the time of a message, a datetime (naive is UTC), seconds since
+            1970, or a string in ISO 8601. A message without is a dead letter of its own.
+        lateness: seconds by which messages may come late: the watermark stays so far behind the highest time.
+        late: what becomes of messages that are later: 'drop', or a `Stream` which they are appended to.
+        max_open_windows: how many windows may be open, 10,000 by default.
+        overflow: what happens when there are more: 'close' emits the oldest one early, and what follows for it as
+            another part; 'error' ends the consumer with `TooManyWindowsError`.
     """
 
-    emits_empty = False
-    wakes_on_append = True
-
     def __init__(
-        self,
-        stream_name: str,
-        interval: float | None = None,
-        size: int | None = None,
-        processfn: Callable[..., Any] | None = None,
-        emitfn: Callable[..., Any] | None = None,
-        emit_empty: bool | None = None,
-        executor: Any = None,
-        max_workers: int | None = None,
-        stream: Stream | None = None,
-        stream_url: str | None = None,
-        forwardfn: Callable[[Any], Any] | None = None,
-        queue: Any = None,
-        group: str = 'default',
-        keep: bool = False,
-        lease: float = 10.0,
-        max_attempts: int = 5,
-        timeout: float | None = None,
-        on_error: str = 'continue',
-        ordered: bool = False,
-        start: str = 'earliest',
-        stall_after: float = 60.0,
-        sink: Any = None,
-        source: Any = None,
-        cnx_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        check_name('the name of a stream', stream_name)
-        check_name('group', group, forbidden='\0/')
-        numbers = {
-            'size': size, 'interval': interval, 'workers': max_workers, 'lease': lease, 'max_attempts': max_attempts,
-            'timeout': timeout, 'stall_after': stall_after,
-        }  # fmt: skip
+        self, stream_name: str, *, key: Any = None, timestamp: Any = None, lateness: float | None = None,
+        late: Any = None, max_open_windows: int | None = None, overflow: str | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        kinds.check({**options, 'key': key, 'timestamp': timestamp, 'lateness': lateness, 'late': late,
+                     'max_open_windows': max_open_windows, 'overflow': overflow})  # fmt: skip
+        check_choice('overflow', overflow or 'close', 'close', 'error')
+        given: dict[str, Any] = {
+            name: options.pop(name) for name in ('max_wait', 'slide', 'gap') if name in options
+        }
+        numbers = {**given, 'lateness': lateness, 'max_open_windows': max_open_windows}
         check_options({name: value for name, value in numbers.items() if value is not None})
-        _check_choice('on_error', on_error, 'continue', 'stop')
-        _check_choice('start', start, 'earliest', 'latest')
-        if start == 'latest' and self.picks:
-            raise ArgumentError(f"start='latest' is a position, and {type(self).__name__} picks messages itself")
-        if sink is not None and forwardfn is not None:
-            raise ArgumentError('sink and forwardfn are the same; give one of them')
-        for name, fn in {'emitfn': emitfn, 'processfn': processfn, 'forwardfn': forwardfn}.items():
-            if fn is not None and not callable(fn):
-                raise ArgumentError(f'{name} must be callable, not {fn!r}')
-        if executor is not None and not callable(getattr(executor, 'submit', None)):
-            raise ArgumentError(f'executor must have a method submit(fn); {executor!r} has not')
-        if timeout is not None and executor is not None:
-            raise ArgumentError('timeout ends worker processes of the default executor; with executor= there are none')
-        if cnx_kwargs is not None and not isinstance(cnx_kwargs, dict):
-            raise ArgumentError(f'cnx_kwargs must be a dict of options of the client, not {cnx_kwargs!r}')
-        self.stream_name, self.group, self.lease = stream_name, group, lease
-        self.size, self.interval = size, interval if interval is not None else size
-        self.processfn, self.emitfn, self.sink = processfn, emitfn, sink
-        self.forwardfn = forwardfn if sink is None else sink.put
-        self.max_attempts, self.timeout, self.on_error, self.ordered = max_attempts, timeout, on_error, ordered
-        self.start_at, self.stall_after = start, stall_after
-        self.emit_empty = self.emits_empty if emit_empty is None else emit_empty
-        self.executor, self.max_workers = executor, max_workers
-        self.queue, self.source = queue, source
-        self._stream, self._stream_url, self._cnx_kwargs = stream, stream_url, cnx_kwargs
-        self._keep = keep
-        self._stop = False
-        self.error: Exception | None = None
-        self._thread: threading.Thread | None = None
-        self._consumer = Consumer(self)
-
-    # --- running
-
-    @property
-    def stream(self) -> Stream:
-        """The stream, opened on first use."""
-        if self._stream is None:
-            self._stream = Stream.get_or_create(
-                self.stream_name, url=self._stream_url, cnx_kwargs=self._cnx_kwargs
-            )
-        return self._stream
-
-    def run(self, blocking: bool = True) -> None:
-        """Process windows until stopped by `stop`, by the queue, or, on the main thread, by SIGTERM or Ctrl-C.
-
-        What is in flight is finished first. With ``blocking=False`` do one round, as `_run_once` does.
-        """
-        if blocking:
-            self._consumer.run()
-        else:
-            self._run_once()
-
-    def _run_once(self) -> int:
-        """Process what is due now; returns how many windows were committed.
-
-        Takes the lease, and releases it. If another consumer has it, nothing is done. A window that fails is not
-        tried again in this round.
-        """
-        return self._consumer.run_once()
-
-    def start(self) -> None:
-        """Process windows in a thread of this process, until `stop`.
-
-        If that ends with an error, the error is logged, and in `error`.
-        """
-        if self._thread is not None and self._thread.is_alive():
-            raise ArgumentError(f'the consumer of {self.stream_name!r} has been started already')
-        self._stop = False
-        self.error = None
-        self._thread = threading.Thread(target=self._run_logged, name=f'minibatch-{self.stream_name}', daemon=True)
-        self._thread.start()
-
-    def _run_logged(self) -> None:
-        try:
-            self._consumer.run()
-        except Exception as exc:
-            self.error = exc
-            logger.exception('the consumer of stream %r has ended', self.stream_name)
-
-    def stop(self, timeout: float = 60.0) -> None:
-        """Claim no more windows, finish those in flight, and wait up to `timeout` seconds until that is done."""
-        self._stop = True
-        self._consumer.wake()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
-
-    def should_stop(self) -> bool:
-        """Whether to stop: after `stop`, or when a true item came through the queue. Called again and again."""
-        if self.queue is not None and not self._stop:
-            with contextlib.suppress(queues.Empty):
-                self._stop = bool(self.queue.get(False))
-        return self._stop
-
-    def persist(self, flag: bool = True) -> None:
-        """Keep messages and windows after they were processed, marked as processed."""
-        self._keep = flag
-
-    @property
-    def keep(self) -> bool:
-        """Whether messages and windows stay stored after they were processed."""
-        return self._keep
-
-    def check_portable(self) -> None:
-        """Raise `PortabilityError`, naming the variable, if the function cannot be sent to a worker process."""
-        self._consumer.check_portable()
-
-    @property
-    def name(self) -> str:
-        """How logs name this consumer: stream/group."""
-        return f'{self.stream_name}/{self.group}'
-
-    @property
-    def forwards(self) -> bool:
-        """Whether results go somewhere."""
-        return self.forwardfn is not None or self.overrides('forward')
+        super().__init__(stream_name, **options)
+        if late not in (None, 'drop') and not isinstance(late, Stream):
+            raise ArgumentError(f"late must be 'drop' or a Stream, which the late messages go to, not {late!r}")
+        if isinstance(late, Stream) and late.name == stream_name and late.target == self.stream.target:
+            raise ArgumentError(f'late must be another stream than the one that is read, {stream_name!r}')
+        self.late = late if isinstance(late, Stream) else None
+        self.fields, self.event_time = Fields(key, timestamp), timestamp is not None
+        self.assigns = key is not None or self.event_time or 'slide' in given or 'gap' in given
+        if self.assigns and self.picks:
+            raise ArgumentError(f'key, timestamp, slide and gap do not go with {type(self).__name__}, which picks '
+                                f'messages itself')  # fmt: skip
+        for name, seconds in {**given, 'lateness': lateness, 'interval': self.interval}.items():
+            if self.assigns and seconds is not None:
+                _whole_ms(name, seconds)
+        self.wakes_on_append = self.wakes_on_append or self.event_time
+        self._lateness, self._most, self._strict = lateness or 0.0, max_open_windows, overflow == 'error'
+        self._due: datetime | None = None
+        self._warned = clock.EPOCH
+        given.update(key=key, timestamp=timestamp, lateness=lateness)
+        self._described = ', '.join(
+            f'{name}={name_of(value) if callable(value) else repr(value)}'
+            for name, value in given.items()
+            if value is not None
+        )
 
     def describe(self) -> str:
-        """What consumers of the same group must have in common."""
-        window = f'size={self.size}' if self.size else f'interval={self.interval}'
-        return f'{type(self).__name__}({window})'
-
-    def __repr__(self) -> str:
-        return f'<{self.describe()} on {self.name}>'
-
-    # --- planning, for the consumer
-
-    @property
-    def picks(self) -> bool:
-        """Whether this emitter picks messages itself instead of planning from the log."""
-        return type(self).plan is WindowEmitter.plan or self.overrides('window_ready')
-
-    def overrides(self, name: str) -> bool:
-        """Whether a subclass has its own method of this name."""
-        return getattr(type(self), name) is not getattr(WindowEmitter, name)
-
-    def plan(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
-        """The windows that are due, at most `limit`, in order; each continues where the one before ended."""
-        raise ArgumentError(f'{type(self).__name__} must define window_ready and query, or plan')
+        described = super().describe()
+        return f'{described[:-1]}, {self._described})' if self._described else described
 
     def next_due(self) -> datetime | None:
-        """When a window will be due even if nothing is appended."""
-        return None
+        return self._due
 
-    def pick(self) -> WindowPlan | None:
-        """Ask the subclass for its next window; None if it has none, or has picked what is not one message."""
-        answer = self.window_ready()
-        if not isinstance(answer, tuple) or len(answer) != 2:
-            raise ArgumentError(f'{type(self).__name__}.window_ready must return (ready, query_args), not {answer!r}')
-        ready, query_args = answer
-        if not ready:
-            return None
-        picked = list(self.query(*query_args))
-        if any(obj.offset is None or (obj.n or 1) > 1 for obj in picked):
-            return None  # appended since the log was made to lie one by one; next time
-        return WindowPlan(spans_of(picked), picked=picked, query_args=query_args, argument=self.prepare(picked))
+    def time_of(self, message: messages.Message) -> datetime:
+        time: int | None = self.fields.time(message.data)
+        return message.created if time is None else clock.from_ms(time)
 
-    def prepare(self, picked: list[Any]) -> Any:
-        """What the function is called with, or None for the window itself."""
-        return self.process(picked) if self.processfn or self.overrides('process') else None
+    def rule(self) -> Rule:
+        """Which windows there are, if messages are read to put them into windows."""
+        raise NotImplementedError
 
-    # --- the protocol
+    def cut(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
+        """Plan from what the log says of itself."""
+        raise NotImplementedError
 
-    def window_ready(self) -> tuple[bool, Sequence[Any]]:
-        raise ArgumentError(f'{type(self).__name__} must define window_ready')
+    def plan(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
+        return self._assign(log, limit) if self.assigns else self.cut(log, now, limit)
 
-    def query(self, *query_args: Any) -> Any:
-        raise ArgumentError(f'{type(self).__name__} must define query')
+    def _assign(self, log: Log, limit: int) -> list[WindowPlan]:
+        """Read on, and plan the windows that are due by what was read and by when the log was looked at."""
+        to: Assigner = log.memory.get('assigner') or log.memory.setdefault('assigner', self._assigner(log))
+        now, left, parts = clock.to_ms(log.looked), CHUNK, to.parts
+        to.hear(log.waiting())
+        while to.due < limit and left > 0 and (span := to.next_span(left)) is not None:
+            to.read(span, self._messages(log, span), now)
+            left -= max(span.end - span.start, QUERY)
+        to.advance(now)
+        if to.parts > parts and log.looked - self._warned > WARN_PAUSE:
+            self._warned = log.looked
+            logger.warning('%s: %d windows were emitted before their end: more are open than max_open_windows, or one '
+                           'is open for so long that too much was read behind it', self.name, to.parts)  # fmt: skip
+        plans = [_plan_of(bucket, to.rule.timed) for bucket in to.take(limit)]
+        log.low, log.more = to.low(), to.due > 0 or to.next_span(1) is not None
+        self._due = _time(to.next_end())
+        return plans
 
-    def process(self, objs: Sequence[Any]) -> Any:
-        if self.processfn is not None:
-            return self.processfn(objs)
-        return Window(stream=self.stream_name, data=[obj.data for obj in objs])
+    def _assigner(self, log: Log) -> Assigner:
+        stored = [
+            Stored(claim.spans, claim.key, None if claim.end is None else clock.to_ms(claim.end), claim.part)
+            for claim in log.found
+        ]
+        log.found = []
+        frontier, watermark = (
+            assign.NEVER if time is None else clock.to_ms(time) for time in (log.frontier, log.watermark)
+        )
+        return Assigner(
+            self.rule(), event=self.event_time, lateness=_whole_ms('lateness', self._lateness),
+            most=self._most or MAX_OPEN_WINDOWS, strict=self._strict, frontier=frontier, watermark=watermark,
+            stored=stored,
+        )  # fmt: skip
 
-    def emit(self, window: Any) -> Any:
-        return window if self.emitfn is None else self.emitfn(window)
-
-    def forward(self, data: Any) -> None:
-        if self.forwardfn is not None:
-            self.forwardfn(data)
-
-    def commit(self, objs: Sequence[Any], window: Any) -> None:
-        for obj in objs:
-            if self._keep:
-                obj.modify(processed=True)
+    def _messages(self, log: Log, span: Span) -> Iterator[Message]:
+        for offset, created, data in log.messages(span, self.fields.names):
+            ms = clock.to_ms(created)
+            try:
+                time, key = self.fields.time(data), self.fields.key(data)
+            except BadMessage as exc:
+                yield Message(offset, ms, ms, bad=str(exc))
             else:
-                obj.delete()
-
-    def timestamp(self, query_args: Sequence[Any]) -> None:
-        store.touch_stream(self.stream.target.majority, self.stream_name, clock.now())
-
-    def undo(self, objs: Sequence[Any], window: Any) -> None:
-        """Nothing by default: the messages are not marked before they are committed."""
-
-    def sleep(self) -> None:
-        self._consumer.wait()
+                yield Message(offset, ms, ms if time is None else time, key)
 
 
-def _check_choice(name: str, value: Any, *choices: str) -> None:
-    if value not in choices:
-        raise ArgumentError(f'{name} must be {" or ".join(map(repr, choices))}, not {value!r}')
+def _plan_of(bucket: assign.Bucket, timed: bool) -> WindowPlan:
+    timed = timed and bucket.end > assign.NEVER
+    return WindowPlan(
+        bucket.spans, _time(bucket.start) if timed else None, _time(bucket.end) if timed else None, bucket.key,
+        _time(bucket.watermark), _time(bucket.frontier), bucket.late, bucket.bad, bucket.part,
+    )  # fmt: skip
 
 
-def spans_of(objs: Sequence[Buffer]) -> list[Span]:
-    """The places of messages in the log, in the order of `objs`, neighbours joined."""
-    spans: list[Span] = []
-    for obj in objs:
-        if spans and spans[-1].producer == obj.producer and spans[-1].end == obj.offset:
-            spans[-1] = spans[-1]._replace(end=obj.offset + 1)
-        else:
-            spans.append(Span(obj.producer, obj.offset, obj.offset + 1))
-    return spans
+def _time(ms: int | None) -> datetime | None:
+    return None if ms is None else clock.from_ms(ms)
 
 
-class CountWindow(WindowEmitter):
-    """Windows of exactly `size` messages.
+def _whole_ms(name: str, seconds: float) -> int:
+    ms = round(seconds * 1000)
+    if abs(seconds * 1000 - ms) > 1e-6 * max(ms, 1):
+        raise ArgumentError(f'{name} must be a whole number of milliseconds, not {seconds:g} s')
+    return ms
 
-    Without `size`, `interval` is taken as the number of messages.
+
+class CountWindow(PlannedWindow):
+    """Windows of exactly `size` messages, or, with `max_wait`, of what there is.
+
+    Args:
+        size: how many; without it, `interval` is taken as the number of messages.
+        max_wait: seconds after which fewer are emitted, counted from when the oldest of them was created.
+        options: those of `PlannedWindow` and `WindowEmitter`.
     """
 
     def __init__(
-        self, stream_name: str, size: int | None = None, interval: float | None = None, **options: Any
-    ) -> None:
+        self, stream_name: str, size: int | None = None, interval: float | None = None,
+        max_wait: float | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         size = size if size is not None else 1 if interval is None else interval  # type: ignore[assignment]
-        super().__init__(stream_name, size=size, interval=interval, **options)
+        super().__init__(stream_name, size=size, max_wait=max_wait, **options)
+        if interval is not None:
+            check_options({'interval': interval})
+            self.interval = interval
+        self.max_wait = max_wait
         self._next_producer = ''
 
-    def plan(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
+    def rule(self) -> Rule:
+        return Waits(_whole_ms('max_wait', self.max_wait or 0), int(self.size or 1))
+
+    def cut(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
         waiting = log.waiting()
         # No producer waits for ever behind one that is faster than we are.
         waiting.sort(key=lambda span: (span.producer < self._next_producer, span.producer))
@@ -380,6 +210,7 @@ class CountWindow(WindowEmitter):
         plans: list[WindowPlan] = []
         spans: list[Span] = []
         need = size
+        rest: list[Span] = []
         for producer, start, end in waiting:
             while start < end and len(plans) < count:
                 cut = min(start + need, end)
@@ -390,11 +221,32 @@ class CountWindow(WindowEmitter):
                     plans.append(WindowPlan(spans))
                     spans, need = [], size
                     self._next_producer = producer + '\0'
+            if start < end:
+                rest.append(Span(producer, start, end))
+        if self.max_wait is not None and count < limit:
+            self._due = self._oldest(log, rest, now) + timedelta(seconds=self.max_wait) if rest else None
+            if self._due is not None and self._due <= now:
+                plans.append(WindowPlan(rest))
+                self._due = None
         return plans
 
+    def _oldest(self, log: Log, rest: list[Span], now: datetime) -> datetime:
+        """When the oldest of these messages was created."""
+        firsts: dict[str, tuple[int, datetime]] = {}
+        for span in rest:
+            start, created = log.memory.get(span.producer, (None, now))
+            if start != span.start:
+                created = edges.first_time(log, [span], now)
+            firsts[span.producer] = span.start, created
+        log.memory = dict(firsts)
+        return min(created for _, created in firsts.values())
 
-class RelaxedTimeWindow(WindowEmitter):
-    """Every `interval` seconds a window of all messages since the last one."""
+
+class RelaxedTimeWindow(PlannedWindow):
+    """Every `interval` seconds a window of all messages since the last one.
+
+    With `key`, the window of a key begins when its first message was created, and is due `interval` seconds later.
+    """
 
     wakes_on_append = False
 
@@ -402,23 +254,23 @@ class RelaxedTimeWindow(WindowEmitter):
         if options.get('size') is not None:
             raise ArgumentError(f'{type(self).__name__} has no size; interval=T says its seconds')
         super().__init__(stream_name, interval=interval, **options)
+        if self.event_time and type(self) is RelaxedTimeWindow:
+            raise ArgumentError('timestamp makes fixed windows, not relaxed ones; use FixedTimeWindow')
 
-    def plan(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
+    def rule(self) -> Rule:
+        return Waits(self._ms())
+
+    def cut(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
         step = self._step()
         waiting = log.waiting()
         if log.frontier is None:
-            log.frontier = first_time(log, waiting, now)
+            log.frontier = edges.first_time(log, waiting, now)
         self._due = log.frontier + step
         if now < self._due or limit < 1:
             return []
         start, log.frontier = log.frontier, now
         self._due = now + step
-        return [WindowPlan(waiting, start, now)] if waiting or self.emit_empty else []
-
-    def next_due(self) -> datetime | None:
-        return self._due
-
-    _due: datetime | None = None
+        return [WindowPlan(waiting, start, now, frontier=now)] if waiting or self.emit_empty else []
 
     def _step(self) -> timedelta:
         seconds = self.interval or self.stream.interval
@@ -426,80 +278,86 @@ class RelaxedTimeWindow(WindowEmitter):
             raise ArgumentError(f'interval= is missing, the seconds between the windows of {self.stream_name!r}')
         return timedelta(seconds=seconds)
 
+    def _ms(self) -> int:
+        return _whole_ms('interval', self._step().total_seconds())
+
 
 class FixedTimeWindow(RelaxedTimeWindow):
     """A window for every `interval` seconds, [start, start + interval), also if there is nothing in it.
 
     A message belongs to the window of the time it was created. If that window is closed, or a producer's clock goes
     backwards, it belongs to the next one; if the producer's clock is ahead, to that of the time it was first seen.
+
+    With `timestamp` it belongs to the window of its own time, or is late. With it, or with `key`, there are no empty
+    windows.
     """
 
     emits_empty = True
 
-    def plan(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
+    def rule(self) -> Rule:
+        return Grid(self._ms(), self._ms())
+
+    def cut(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
         step = self._step()
         waiting = log.waiting()
         if log.frontier is None:
-            log.frontier = clock.window_start(first_time(log, waiting, now), step.total_seconds())
+            log.frontier = clock.window_start(edges.first_time(log, waiting, now), step.total_seconds())
         plans: list[WindowPlan] = []
         while log.frontier + step <= now and len(plans) < limit:
             start, end = log.frontier, log.frontier + step
-            spans = [_cut(log, span, end, now) for span in waiting]
+            spans = [edges.cut(log, span, end, now) for span in waiting]
             rest = [span._replace(start=cut.end) for span, cut in zip(waiting, spans, strict=True)]
             waiting, spans = ([span for span in each if span.start < span.end] for each in (rest, spans))
             if spans or self.emit_empty:
-                plans.append(WindowPlan(spans, start, end))
+                plans.append(WindowPlan(spans, start, end, frontier=end))
             log.frontier = end
         log.memory = {span.producer: log.memory[span.producer] for span in waiting if span.producer in log.memory}
         self._due = log.frontier + step
         return plans
 
 
-def _cut(log: Log, span: Span, end: datetime, now: datetime) -> Span:
-    """The messages of `span` that belong before `end`."""
-    seen: _Seen = log.memory.setdefault(span.producer, _Seen(span.start))
-    return span._replace(end=seen.cut(log, span, end, now))
+class SlidingTimeWindow(RelaxedTimeWindow):
+    """Windows [k * slide, k * slide + interval), aligned to 1970: a message is in interval / slide of them.
+
+    Args:
+        interval: seconds, a multiple of `slide`.
+        slide: seconds from the start of one window to that of the next one.
+        options: those of `PlannedWindow` and `WindowEmitter`.
+    """
+
+    def __init__(self, stream_name: str, interval: float | None = None, slide: float | None = None, **options: Any):
+        if interval is None or slide is None:
+            raise ArgumentError('SlidingTimeWindow needs interval=T, how long a window is, and slide=S, how often one '
+                                'begins')  # fmt: skip
+        super().__init__(stream_name, interval=interval, slide=slide, **options)
+        self._slide_ms = _whole_ms('slide', slide)
+        if self._ms() % self._slide_ms:
+            raise ArgumentError(f'interval must be a multiple of slide, and {interval:g} s is none of {slide:g} s')
+        if self._ms() > MAX_SLIDES * self._slide_ms:
+            raise ArgumentError(f'interval must be at most {MAX_SLIDES} slides, for a message is in as many windows')
+
+    def rule(self) -> Rule:
+        return Grid(self._ms(), self._slide_ms)
 
 
-class _Seen:
-    """The times of the messages of one producer, read ahead of the windows: never backwards, never in the future."""
+class SessionWindow(PlannedWindow):
+    """Windows of messages less than `gap` seconds apart: [first, last + gap).
 
-    def __init__(self, offset: int) -> None:
-        self._until = offset
-        self._runs: list[tuple[int, datetime]] = []  # (offset after the run, time of its messages)
-        self._latest = clock.EPOCH
+    Args:
+        gap: seconds of silence that end a session.
+        options: those of `PlannedWindow` and `WindowEmitter`.
+    """
 
-    def cut(self, log: Log, span: Span, end: datetime, now: datetime) -> int:
-        if self._until < span.start:
-            self._until, self._runs = span.start, []
-        offset = span.start
-        while True:
-            for i, (after, time) in enumerate(self._runs):
-                if time >= end:
-                    del self._runs[:i]
-                    return offset
-                offset = max(offset, min(after, span.end))
-            self._runs = []
-            if self._until >= span.end or not self._read(log, span._replace(start=self._until), now):
-                return span.end if self._until >= span.end else offset
+    wakes_on_append = False
 
-    def _read(self, log: Log, span: Span, now: datetime) -> bool:
-        before = self._until
-        for offset, _, times in log.times(span):
-            for after, time in enumerate(times, offset + 1):
-                if self._until < after <= span.end:
-                    self._latest = max(self._latest, min(clock.aware(time), now))
-                    self._until = after
-                    if self._runs and self._runs[-1][1] == self._latest:
-                        self._runs[-1] = after, self._latest
-                    else:
-                        self._runs.append((after, self._latest))
-            if len(self._runs) > MAX_RUNS:
-                break
-        return self._until > before
+    def __init__(self, stream_name: str, gap: float | None = None, **options: Any) -> None:
+        if gap is None:
+            raise ArgumentError('SessionWindow needs gap=G, the seconds of silence that end a session')
+        super().__init__(stream_name, gap=gap, **options)
+        self.gap = gap
 
+    def describe(self) -> str:
+        return f'SessionWindow({self._described})'
 
-def first_time(log: Log, waiting: list[Span], now: datetime) -> datetime:
-    """The creation time of the oldest message that waits, or `now`."""
-    times = [times[0] for span in waiting for _, _, times in log.times(span._replace(end=span.start + 1))]
-    return min([now, *map(clock.aware, times)])
+    def rule(self) -> Rule:
+        return Sessions(_whole_ms('gap', self.gap))

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import traceback
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -31,7 +30,8 @@ from .errors import DataError, MinibatchError
 from .marshaller import Portable
 from .messages import MessageWindow
 from .models import Window
-from .store import Span
+from .progress import Claim
+from .store import Records, Span
 
 PARENT_CHECK = 0.5
 WARM_UP_TIMEOUT = 5.0
@@ -52,7 +52,17 @@ class Work:
     spans: list[Span]
     argument: Any = None
     picked: bool = False
+    key: Any = None
+    watermark: datetime | None = None
     replay: bool = False
+
+    @classmethod
+    def of(cls, claim: Claim, picked: bool = False) -> Work:
+        """The work that a claim is."""
+        return cls(
+            claim.id, claim.number, claim.created, claim.start, claim.end, claim.attempts, claim.spans, claim.argument,
+            picked, claim.key, claim.watermark, claim.replay,
+        )  # fmt: skip
 
 
 @dataclass
@@ -144,17 +154,22 @@ class Task:
     def __call__(self) -> list[Outcome]:
         if self.remote:
             connection.choose(self.default)
+        started = time.perf_counter()
         try:
-            found = _load(self.target, self.stream, self.works)
+            spans = [span for work in self.works if not work.replay for span in work.spans]
+            found = Records(self.target.majority, self.stream, spans)
         except Exception as exc:
             return [_failure(work, exc, by_function=False) for work in self.works]
+        loading = (time.perf_counter() - started) / len(self.works)
         outcomes = [self._do(work, found) for work in self.works]
+        for outcome in outcomes:
+            outcome.seconds += loading
         if self.remote:
             with suppress(Exception):
                 sys.stdout.flush()
         return outcomes
 
-    def _do(self, work: Work, found: dict[str, tuple[list[int], list[Any]]]) -> Outcome:
+    def _do(self, work: Work, found: Records) -> Outcome:
         started = time.perf_counter()
         try:
             window = _window(self.target, self.stream, work, found)
@@ -194,33 +209,19 @@ class Task:
             raise DataError(f'what the function returned ({type(result).__name__}) cannot be pickled: {exc}') from exc
 
 
-def _load(target: Target, stream: str, works: list[Work]) -> dict[str, tuple[list[int], list[Any]]]:
-    """Read the records of all the windows of a task, each stretch of a producer's log at once."""
-    stretches: dict[str, list[Span]] = {}
-    for work in works:
-        for span in () if work.replay else work.spans:
-            known = stretches.setdefault(span.producer, [])
-            if known and known[-1].end == span.start:
-                known[-1] = known[-1]._replace(end=span.end)
-            else:
-                known.append(span)
-    db = target.majority
-    found = {}
-    for producer, spans in stretches.items():
-        records = [record for span in sorted(spans) for record in store.read_records(db, stream, span)]
-        found[producer] = [record['offset'] for record in records], records
-    return found
+def load(target: Target, stream: str, work: Work) -> MessageWindow:
+    """The window of one work, with its messages."""
+    return _window(target, stream, work, Records(target.majority, stream, () if work.replay else work.spans))
 
 
-def _window(target: Target, stream: str, work: Work, found: dict[str, tuple[list[int], list[Any]]]) -> MessageWindow:
+def _window(target: Target, stream: str, work: Work, found: Records) -> MessageWindow:
     def view(records: list[tuple[Span, list[Any]]]) -> MessageWindow:
-        place = (work.id, stream, work.number, work.created, work.start, work.end, work.attempt)
-        return MessageWindow(*place, records, as_picked=work.picked)
+        return MessageWindow(
+            work.id, stream, work.number, work.created, work.start, work.end, work.attempt, records, work.picked,
+            work.key, work.watermark,
+        )  # fmt: skip
 
-    if work.replay:
-        window = view(dead.records(target.majority, work.id, work.spans))
-    else:
-        window = view([(span, _covering(span, *found[span.producer])) for span in work.spans])
+    window = view(dead.records(target.majority, work.id, work.spans) if work.replay else found.of(work.spans))
     if window.missing:  # they are deleted, or a new primary does not see them yet
         db = target.majority
         with target.client.start_session(causal_consistency=True) as session:
@@ -228,13 +229,8 @@ def _window(target: Target, stream: str, work: Work, found: dict[str, tuple[list
             if work.replay:
                 window = view(dead.records(db, work.id, work.spans, session))
             else:
-                window = view([(span, store.read_records(db, stream, span, session)) for span in work.spans])
+                window = view(Records(db, stream, work.spans, session).of(work.spans))
     return window
-
-
-def _covering(span: Span, offsets: list[int], records: list[Any]) -> list[Any]:
-    first = max(bisect_right(offsets, span.start) - 1, 0)
-    return records[first : bisect_left(offsets, span.end)]
 
 
 def _failure(work: Work, exc: BaseException, by_function: bool) -> Outcome:

@@ -6,7 +6,14 @@ import pytest
 
 import minibatch as mb
 from minibatch.errors import ArgumentError, DataError, PortabilityError
-from minibatch.window import CountWindow, FixedTimeWindow, RelaxedTimeWindow, WindowEmitter
+from minibatch.window import (
+    CountWindow,
+    FixedTimeWindow,
+    RelaxedTimeWindow,
+    SessionWindow,
+    SlidingTimeWindow,
+    WindowEmitter,
+)
 
 
 def process(window):
@@ -78,10 +85,83 @@ def test_an_executor_of_this_process_takes_any_function():
         ({'size': 2}, CountWindow),
         ({'interval': 2}, RelaxedTimeWindow),
         ({'interval': 2, 'relaxed': False}, FixedTimeWindow),
+        ({'interval': 2, 'key': 'k'}, RelaxedTimeWindow),
+        ({'interval': 2, 'timestamp': 't'}, FixedTimeWindow),
+        ({'interval': 2, 'timestamp': 't', 'relaxed': False}, FixedTimeWindow),
+        ({'interval': 2, 'slide': 1}, SlidingTimeWindow),
+        ({'gap': 2, 'key': 'k', 'timestamp': 't', 'lateness': 0, 'late': 'drop'}, SessionWindow),
+        ({'size': 2, 'max_wait': 1, 'key': 'k', 'max_open_windows': 10, 'overflow': 'error'}, CountWindow),
+        ({'emitter': SlidingTimeWindow, 'interval': 2, 'slide': 1, 'key': 'k'}, SlidingTimeWindow),
     ],
 )
 def test_the_options_choose_the_window(options, expected):
     assert type(mb.make_emitter('s', process, **options)) is expected
+
+
+@pytest.mark.parametrize(
+    ('options', 'named'),
+    [
+        ({'size': 2, 'interval': 3}, 'size and interval exclude each other.*max_wait'),
+        ({'size': 2, 'interval': 3, 'slide': 1}, 'size and interval'),
+        ({'size': 2, 'slide': 1}, 'size and slide exclude each other'),
+        ({'size': 2, 'gap': 1}, 'size and gap exclude each other'),
+        ({'gap': 2, 'interval': 1}, 'gap and interval exclude each other'),
+        ({'gap': 2, 'slide': 1}, 'gap and slide exclude each other'),
+        ({'slide': 1}, 'slide goes with interval'),
+        ({'max_wait': 1}, 'max_wait goes with size'),
+        ({'interval': 2, 'max_wait': 1}, 'max_wait and interval exclude each other'),
+        ({'gap': 2, 'max_wait': 1}, 'max_wait and gap exclude each other'),
+        ({'size': 2, 'key': 'k'}, 'key with size needs max_wait'),
+        ({'interval': 2, 'lateness': 1}, 'lateness goes with timestamp'),
+        ({'interval': 2, 'late': 'drop'}, 'late goes with timestamp'),
+        ({'size': 2, 'timestamp': 't'}, 'size and timestamp exclude each other'),
+        ({'interval': 2, 'timestamp': 't', 'relaxed': True}, 'timestamp makes fixed windows'),
+        ({'interval': 2, 'slide': 1, 'relaxed': False}, 'relaxed and slide'),
+        ({'gap': 2, 'relaxed': False}, 'relaxed goes with interval, not with gap'),
+        ({'size': 2, 'relaxed': False}, 'relaxed goes with interval, not with size'),
+        ({'interval': 2, 'key': 'k', 'emit_empty': True}, 'emit_empty=True does not go with key'),
+        ({'gap': 2, 'emit_empty': True}, 'emit_empty=True does not go with gap'),
+        ({'interval': 2, 'max_open_windows': 5}, 'max_open_windows goes with key'),
+        ({'size': 2, 'overflow': 'close'}, 'overflow goes with key'),
+        ({'interval': 2, 'timestamp': 't', 'late': 'other'}, "late must be 'drop' or a Stream"),
+        ({'interval': 2, 'timestamp': 't', 'lateness': -1}, 'lateness'),
+        ({'interval': 2, 'key': 'k', 'max_open_windows': 0}, 'max_open_windows'),
+        ({'interval': 2, 'key': 'k', 'overflow': 'x'}, 'overflow must be'),
+        ({'interval': 2, 'key': ''}, 'key must be the name of a field'),
+        ({'interval': 2.0001, 'key': 'k'}, 'interval must be a whole number of milliseconds'),
+    ],
+)
+def test_options_that_do_not_combine_are_refused_by_their_names(options, named):
+    with pytest.raises(ArgumentError, match=named):
+        mb.make_emitter('s', process, **options)
+
+
+def test_late_messages_cannot_go_to_the_stream_they_come_from():
+    stream = mb.stream('s', url='mongomock://localhost/api')
+    with pytest.raises(ArgumentError, match='late must be another stream'):
+        mb.make_emitter('s', process, stream=stream, interval=2, timestamp='t', late=stream)
+    other = mb.stream('other', url='mongomock://localhost/api')
+    assert mb.make_emitter('s', process, stream=stream, interval=2, timestamp='t', late=other)
+
+
+def test_an_emitter_of_ones_own_gets_none_of_the_options_of_other_windows():
+    class Mine(WindowEmitter):
+        pass
+
+    with pytest.raises(ArgumentError, match='key goes with windows of minibatch; Mine picks'):
+        mb.make_emitter('s', process, emitter=Mine, interval=3, key='k')
+
+
+def test_what_a_window_is_tells_consumers_of_a_group_apart():
+    def describe(**options):
+        return mb.make_emitter('s', process, **options).describe()
+
+    assert describe(size=2) == 'CountWindow(size=2)'
+    assert describe(size=2, max_wait=3) == 'CountWindow(size=2, max_wait=3)'
+    assert describe(interval=4, slide=2, key='k', timestamp=process) == (
+        "SlidingTimeWindow(interval=4, slide=2, key='k', timestamp=process)"
+    )
+    assert describe(gap=2, timestamp='t', lateness=1) == "SessionWindow(gap=2, timestamp='t', lateness=1)"
 
 
 def test_an_emitter_of_ones_own_gets_size_and_interval():

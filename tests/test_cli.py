@@ -203,11 +203,12 @@ def test_groups_are_listed_as_a_table_and_as_json(run, stream):
     heads, first, second = out.splitlines()
     assert code == 0
     assert heads.split() == [
-        'stream', 'group', 'lag', 'seconds', 'led', 'by', 'windows', 'messages', 'dead', 'expired', 'stalled',
+        'stream', 'group', 'lag', 'seconds', 'led', 'by', 'windows', 'messages', 'late', 'dead', 'expired',
+        'stalled',
     ]  # fmt: skip
     assert first.split()[:3] == ['raw/s', 'default', '10']
-    assert first.split()[4:] == [f'{me["host"]}:{me["pid"]}', '0', '0', '2', '0', '-']
-    assert second.split()[4:] == ['-', '0', '0', '0', '0', '2026-01-31', '00:00:00']
+    assert first.split()[4:] == [f'{me["host"]}:{me["pid"]}', '0', '0', '0', '2', '0', '-']
+    assert second.split()[4:] == ['-', '0', '0', '0', '0', '0', '2026-01-31', '00:00:00']
     assert run('groups list')[1].splitlines()[0] == heads
     default, idle = json.loads(run('groups list --json')[1])['groups']
     assert (default['name'], default['lag']['messages'], default['dead'], default['failed']) == ('default', 10, 2, 0)

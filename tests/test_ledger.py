@@ -118,6 +118,15 @@ def test_a_list_of_spans_that_is_too_long_for_a_document_goes_on_in_others(log, 
     assert log.window_spans.count_documents({}) == 0
 
 
+def test_spans_are_stored_as_runs_and_those_of_older_windows_are_read(log):
+    spans = [('a', 0, 1), ('a', 2, 5), ('b', 0, 3), ('a', 7, 8)]
+    ledger.claim_windows(log, [window(1, epoch=1, spans=spans)], epoch=1)
+    doc = log.window.find_one({'number': 1})
+    assert doc['spans'] == [['a', 0, 1, 2, 5], ['b', 0, 3], ['a', 7, 8]]
+    assert ledger.all_spans(log, doc) == spans
+    assert ledger.all_spans(log, {'spans': [list(span) for span in spans]}) == spans
+
+
 # --- consumer groups, administered
 
 

@@ -21,10 +21,10 @@ PACKAGE = ROOT / 'minibatch'
 # Imports point from a higher level to the same or a lower one. '' is the package itself, __init__.py.
 LEVELS = {
     0: {'errors', 'abc', 'clock'},
-    1: {'connection', 'embedded', 'store', 'ledger', 'dead', 'marshaller'},
+    1: {'connection', 'embedded', 'store', 'ledger', 'dead', 'fields', 'marshaller'},
     2: {'backlog', 'lease', 'messages', 'models', 'groups', 'producer'},
-    3: {'progress', 'retention', 'stall', 'wakeup', 'window', 'consumer', 'planner', 'delivery', 'worker',
-        'metrics'},
+    3: {'assign', 'edges', 'emitter', 'kinds', 'progress', 'retention', 'stall', 'wakeup', 'window', 'consumer',
+        'planner', 'delivery', 'worker', 'metrics'},
     4: {'api', 'cli', 'demo', 'testing', 'contrib', '', '__main__'},
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}

@@ -63,6 +63,28 @@ def test_looking_for_the_ends_takes_one_step_of_the_index_a_producer(log):
     assert 'DISTINCT_SCAN' in explained
 
 
+def append(log, offset, *datas):
+    times = [clock.EPOCH + timedelta(seconds=offset + i) for i in range(len(datas))]
+    record = store.record_batch('s', 'a', offset, [encode(data) for data in datas], times, [None] * len(datas))
+    assert store.insert_records(log.buffer, [record]) == (1, '')
+
+
+def test_of_messages_only_the_fields_that_are_named_are_read(log):
+    append(log, 0, {'a': {'b': 1, 'c': 2}, 'd': 3}, {'d': 4}, {})
+    append(log, 3, {'a': {'b': 5}, 'x': 6})
+
+    def read(names, start=0, end=4):
+        return [(offset, data) for offset, _, data in store.read_messages(log, 's', Span('a', start, end), names)]
+
+    assert read(['a.b']) == [(0, {'a': {'b': 1}}), (1, {}), (2, {}), (3, {'a': {'b': 5}})]
+    assert read(['a.b', 'd', 'a', 'a'], 0, 2) == [(0, {'a': {'b': 1, 'c': 2}, 'd': 3}), (1, {'d': 4})]
+    assert read(None, 2) == [(2, {}), (3, {'a': {'b': 5}, 'x': 6})]
+    assert read(['$x', 'd'], 1, 2) == [(1, {'d': 4})]
+    assert read([], 1, 3) == [(1, {}), (2, {})]
+    times = [created for _, created, _ in store.read_messages(log, 's', Span('a', 1, 4), [])]
+    assert [(time - datetime(1970, 1, 1)).total_seconds() for time in times] == [1, 2, 3]
+
+
 def test_a_span_that_begins_inside_a_record_batch_is_read_with_it(log):
     write(log, 'a', 0, 10)
     write(log, 'a', 10, 10)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import threading
+import time
 
 import pytest
 from servers import eventually
@@ -55,6 +56,29 @@ def test_the_windows_of_a_task_are_read_at_once(target, monkeypatch):
     monkeypatch.setattr(store, 'read_records', lambda *args: reads.append(args[2]) or real(*args))
     do(target, values, *(work(i, ('a', i, i + 1)) for i in range(20)))
     assert reads == [Span('a', 0, 20)]
+
+
+def test_windows_of_interleaved_messages_are_read_at_once(target, monkeypatch):
+    reads = []
+    real = store.read_records
+    monkeypatch.setattr(store, 'read_records', lambda *args: reads.append(args[2]) or real(*args))
+    works = [work(key, *(('a', at, at + 1) for at in range(key, 20, 4))) for key in range(4)]
+    outcomes = do(target, values, *works)
+    assert [outcome.value for outcome in outcomes] == [list(range(key, 20, 4)) for key in range(4)]
+    assert reads == [Span('a', 0, 20)]
+
+
+def test_stretches_that_are_far_apart_are_read_one_by_one(target, monkeypatch):
+    monkeypatch.setattr(store, 'NEAR', 2)
+    outcomes = do(target, values, work(1, ('a', 1, 2), ('a', 4, 5), ('a', 8, 12)), work(2, ('a', 2, 3), ('a', 17, 18)))
+    assert [outcome.value for outcome in outcomes] == [[1, 4, 8, 9, 10, 11], [2, 17]]
+
+
+def test_reading_counts_as_time_of_the_windows_so_that_those_over_the_same_records_come_together(target, monkeypatch):
+    real = store.read_records
+    monkeypatch.setattr(store, 'read_records', lambda *args: time.sleep(0.05) or real(*args))
+    outcomes = do(target, values, work(1, ('a', 0, 3)), work(2, ('a', 3, 12)))
+    assert all(outcome.seconds >= 0.025 for outcome in outcomes)
 
 
 @pytest.mark.parametrize('result', [[], 0, '', {}, False])

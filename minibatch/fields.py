@@ -1,0 +1,127 @@
+"""What a message says of itself: its key, and its time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from datetime import datetime, timezone
+from typing import Any
+
+from bson import ObjectId
+
+from . import clock
+from .errors import ArgumentError
+
+MAX_KEY = 1000
+MAX_PARTS = 100
+MAX_TEXT = 1000
+MAX_INT = 1 << 63
+FIRST, LAST = (clock.to_ms(datetime(year, 1, 1, tzinfo=timezone.utc)) for year in (100, 9900))
+
+Of = str | Callable[[Any], Any]
+
+
+class BadMessage(Exception):
+    """The key or time of a message is missing, or is none."""
+
+
+class Fields:
+    """Where the key and the time of a message are: the names of fields ('a', or 'a.b'), or functions of its data."""
+
+    def __init__(self, key: Of | None = None, timestamp: Of | None = None) -> None:
+        self._key, self._timestamp = key, timestamp
+        for name, of in {'key': key, 'timestamp': timestamp}.items():
+            if of is not None and not callable(of) and not (isinstance(of, str) and all(of.split('.'))):
+                raise ArgumentError(f"{name} must be the name of a field, 'a' or 'a.b', or a function, not {of!r}")
+
+    @property
+    def names(self) -> list[str] | None:
+        """The fields that must be read; None for the whole message."""
+        given = [of for of in (self._key, self._timestamp) if of is not None]
+        return None if any(callable(of) for of in given) else [str(of) for of in given]
+
+    def key(self, data: Any) -> Any:
+        """The key of a message, None without one."""
+        return None if self._key is None else _value('key', self._key, data, key_of)
+
+    def time(self, data: Any) -> int | None:
+        """The time of a message, None without one of its own."""
+        return None if self._timestamp is None else int(_value('timestamp', self._timestamp, data, time_of))
+
+
+def _value(name: str, of: Of, data: Any, convert: Callable[[Any], Any]) -> Any:
+    try:
+        return convert(of(data) if callable(of) else _field(of, data))
+    except BadMessage as exc:
+        where = '' if callable(of) else f'field {of!r} '
+        raise BadMessage(f'{name}: {where}{exc}') from None
+    except Exception as exc:  # of a function that was given
+        why = f'{name}: {type(exc).__name__}: {exc}'[:MAX_TEXT]
+        raise BadMessage(why.encode(errors='replace').decode()) from exc
+
+
+def _field(path: str, data: Any) -> Any:
+    for name in path.split('.'):
+        if not isinstance(data, dict) or name not in data:
+            raise BadMessage('is missing')
+        data = data[name]
+    return data
+
+
+def time_of(value: Any) -> int:
+    """A time as whole milliseconds since 1970.
+
+    Args:
+        value: a datetime (naive is UTC), a number of seconds since 1970, or a string as
+            ``datetime.fromisoformat`` reads it, also with a ``Z``.
+    """
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value[:-1] + '+00:00' if value.endswith(('Z', 'z')) else value)
+        except ValueError:
+            raise BadMessage(f'is no time: {value[:100]!r}') from None
+    if isinstance(value, datetime):
+        time = clock.to_ms(value)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        time = math.floor(value * 1000)
+    else:
+        raise BadMessage(f'is no time: {str(value)[:100]!r} ({type(value).__name__})')
+    if not FIRST <= time < LAST:
+        raise BadMessage(f'is not between the years 100 and 9900: {str(value)[:100]}')
+    return time
+
+
+def key_of(value: Any) -> Any:
+    """A key as it is after it was stored: str, bool, int, float, datetime (aware), ObjectId, or a tuple of those."""
+    if not isinstance(value, (tuple, list)):
+        return _part_of(value)
+    key = tuple(map(_part_of, value))
+    if len(key) > MAX_PARTS or sum(len(part) for part in key if isinstance(part, str)) > MAX_KEY:
+        raise BadMessage(f'is no key: it has more than {MAX_PARTS} parts, or {MAX_KEY} characters')
+    return key
+
+
+def _part_of(value: Any) -> Any:
+    if isinstance(value, str):
+        if len(value) > MAX_KEY:
+            raise BadMessage(f'is no key: it has more than {MAX_KEY} characters')
+        value.encode()
+        return str(value)
+    if isinstance(value, (bool, ObjectId)):
+        return value
+    if isinstance(value, int) and -MAX_INT <= value < MAX_INT:
+        return int(value)
+    if isinstance(value, float) and not math.isnan(value):
+        return float(value)
+    if isinstance(value, datetime):
+        return clock.from_ms(clock.to_ms(value))
+    raise BadMessage(f'is no key: {str(value)[:100]!r} ({type(value).__name__})')
+
+
+def identity(key: Any) -> Hashable:
+    """What tells one key from another: 1, 1.0 and True are three."""
+    if type(key) is str or key is None:
+        return key
+    if isinstance(key, tuple):
+        return tuple(map(identity, key))
+    return type(key), key
