@@ -415,6 +415,23 @@ def test_every_message_is_in_exactly_the_windows_of_its_time(events, steps, size
 
 
 @EXAMPLES
+@given(EVENTS, STEPS, st.sampled_from(['slide', 'gap', 'count', 'created']), st.integers(1, 4))
+def test_when_windows_are_emitted_early_nothing_is_lost_or_twice(events, steps, kind, most):
+    emitter, copies, time_of = {
+        'slide': (event(SlidingTimeWindow, interval=20, slide=10, lateness=1000, max_open_windows=most), 2, NOW),
+        'gap': (event(SessionWindow, gap=10, lateness=1000, max_open_windows=most), 1, NOW),
+        'count': (CountWindow('s', size=3, max_wait=10, key='k', max_open_windows=most), 1, None),
+        'created': (FixedTimeWindow('s', interval=10, key='k', max_open_windows=most), 1, None),
+    }[kind]
+    group = play(emitter, events, steps, lambda at: time_of or NOW + 1000 * at)
+    assert not any(claim.late for claim in group.seen.values())
+    count = Counter(place for claim in group.seen.values() for place in offsets_in(claim))
+    everything = {(producer, offset) for producer, items in group.messages.items() for offset in range(len(items))}
+    assert count == dict.fromkeys(everything, copies)
+    assert group.group['number'] == len(group.seen)
+
+
+@EXAMPLES
 @given(EVENTS, STEPS, st.sampled_from([3, 10, 25]))
 def test_sessions_of_messages_within_the_allowance_are_those_of_the_reference(events, steps, gap):
     group = play(event(SessionWindow, gap=gap, lateness=1000), events, steps, lambda at: NOW)
