@@ -115,6 +115,22 @@ def test_the_slowest_producer_holds_the_watermark_until_it_is_idle():
     assert seen(group) == [(0, 10, 'x', [1, 3])]
 
 
+@pytest.mark.parametrize('minutes', [-60, 60])
+def test_a_producer_whose_clock_is_wrong_is_idle_when_it_sends_nothing(minutes):
+    group = group_of(event(FixedTimeWindow, interval=10), a=[(1, 'x')], b=[(3, 'x')])
+    wrong = NOW + 60_000 * minutes
+    group.messages['b'] = [(wrong, {'t': 3, 'k': 'x'})]
+    group.run(NOW)
+    group.messages['b'].append((wrong, {'t': 4, 'k': 'x'}))
+    group.messages['a'].append((NOW, {'t': 100, 'k': 'x'}))
+    group.run(NOW + 1000)
+    group.run(NOW + assign.IDLE - 1000)
+    assert seen(group) == []
+    group.messages['a'].append((NOW, {'t': 101, 'k': 'x'}))
+    group.run(NOW + assign.IDLE + 1000)
+    assert seen(group) == [(0, 10, 'x', [1, 3, 4])]
+
+
 def test_an_idle_stream_closes_its_windows_by_the_clock():
     group = group_of(event(FixedTimeWindow, interval=10), a=[(1, 'x')])
     group.run(NOW + assign.IDLE + 8_999)
