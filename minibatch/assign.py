@@ -97,9 +97,15 @@ class Seen:
     end: int
     low: int = -1  # what `Assigner.low` said last
     high: int | None = None  # the highest time read
-    newest: int | None = None  # when the newest message read was created
+    newest: int | None = None  # when the newest message read was created, by its producer's clock
+    heard: int = NEVER  # when it was last seen to have appended something
     ahead: bool = False  # it has given times that cannot be
     pins: list[tuple[int, int, Bucket]] = field(default_factory=list)
+
+    @property
+    def last(self) -> int:
+        """When it sent something last, as far as is known."""
+        return max(self.newest or NEVER, self.heard)
 
 
 class Rule(Protocol):
@@ -320,10 +326,14 @@ class Assigner:
 
     # --- reading
 
-    def hear(self, waiting: list[Span]) -> None:
+    def hear(self, waiting: list[Span], now: int) -> None:
         """So far the producers have come."""
         for span in waiting:
-            seen = self._producers.setdefault(span.producer, Seen(span.start, span.end))
+            seen = self._producers.get(span.producer)
+            if seen is None:
+                seen = self._producers[span.producer] = Seen(span.start, span.end)
+            elif span.end > seen.end:
+                seen.heard = now
             seen.read, seen.end = max(seen.read, span.start), span.end
 
     def next_span(self, most: int) -> Span | None:
@@ -341,7 +351,7 @@ class Assigner:
         fresh: Fresh = []
         for message in messages:
             held = self._held.at(span.producer, message.offset)
-            seen.newest = max(message.created, seen.newest or message.created)
+            seen.newest = max(min(message.created, now), seen.newest or NEVER)
             if message.bad:
                 if not held:
                     self._aside(Bucket(bad=message.bad), span.producer, message.offset)
@@ -381,18 +391,21 @@ class Assigner:
         producers = self._producers.values()
         if any(seen.newest is None and seen.read < seen.end for seen in producers):
             return NEVER
-        heard = [(seen.high, seen.newest, seen) for seen in producers if seen.newest is not None]
+        known = [seen for seen in producers if seen.newest is not None]
         active = [
-            high
-            for high, newest, seen in heard
-            if high is not None and (seen.read < seen.end or now - newest < IDLE)
+            seen.high
+            for seen in known
+            if seen.high is not None and (seen.read < seen.end or now - seen.last < IDLE)
         ]
         if active:
             return min(active) - self._lateness
         # Nobody says what time it is, so it goes on by the clock; so it does if there are impossible times alone.
-        idle = [(newest if high is None else high) - newest for high, newest, seen in heard
-                if high is not None or seen.ahead]  # fmt: skip
-        return max((behind + now - IDLE for behind in idle), default=NEVER) - self._lateness
+        idle = [
+            (seen.last if seen.high is None else seen.high) + now - seen.last - IDLE
+            for seen in known
+            if seen.high is not None or seen.ahead
+        ]
+        return max(idle, default=NEVER) - self._lateness
 
     def _created_time(self, now: int) -> int:
         unread = [seen.high for seen in self._producers.values() if seen.read < seen.end]
@@ -403,7 +416,7 @@ class Assigner:
             idle = [
                 name
                 for name, seen in self._producers.items()
-                if seen.read >= seen.end and now - (seen.newest or NEVER) > IDLE and self._low(seen) == seen.read
+                if seen.read >= seen.end and now - seen.last > IDLE and self._low(seen) == seen.read
             ]
             for name in idle[: -MANY_PRODUCERS // 2]:
                 del self._producers[name]

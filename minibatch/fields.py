@@ -51,7 +51,10 @@ class Fields:
 
 def _value(name: str, of: Of, data: Any, convert: Callable[[Any], Any]) -> Any:
     try:
-        return convert(of(data) if callable(of) else _field(of, data))
+        value = of(data) if callable(of) else _field(of, data)
+        if value is None:
+            raise BadMessage('is None')
+        return convert(value)
     except BadMessage as exc:
         where = '' if callable(of) else f'field {of!r} '
         raise BadMessage(f'{name}: {where}{exc}') from None

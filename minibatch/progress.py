@@ -260,7 +260,7 @@ class Log(ABC):
     def __init__(self, progress: Progress) -> None:
         self.progress, self.found = progress, progress.found
         marks: tuple[WindowPlan | Progress, ...] = (progress, *progress.found)
-        self.frontier = max((mark.frontier for mark in marks if mark.frontier), default=None)
+        self.frontier = next((mark.frontier for mark in reversed(marks) if mark.frontier), None)
         self.watermark = max((mark.watermark for mark in marks if mark.watermark), default=None)
         self.ends: dict[str, int] = {}
         self.looked = clock.EPOCH

@@ -118,7 +118,7 @@ class PlannedWindow(WindowEmitter):
         """Read on, and plan the windows that are due by what was read and by when the log was looked at."""
         to: Assigner = log.memory.get('assigner') or log.memory.setdefault('assigner', self._assigner(log))
         now, left, parts = clock.to_ms(log.looked), CHUNK, to.parts
-        to.hear(log.waiting())
+        to.hear(log.waiting(), now)
         while to.due < limit and left > 0 and (span := to.next_span(left)) is not None:
             to.read(span, self._messages(log, span), now)
             left -= max(span.end - span.start, QUERY)

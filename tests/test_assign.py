@@ -115,6 +115,22 @@ def test_the_slowest_producer_holds_the_watermark_until_it_is_idle():
     assert seen(group) == [(0, 10, 'x', [1, 3])]
 
 
+@pytest.mark.parametrize('minutes', [-60, 60])
+def test_a_producer_whose_clock_is_wrong_is_idle_when_it_sends_nothing(minutes):
+    group = group_of(event(FixedTimeWindow, interval=10), a=[(1, 'x')], b=[(3, 'x')])
+    wrong = NOW + 60_000 * minutes
+    group.messages['b'] = [(wrong, {'t': 3, 'k': 'x'})]
+    group.run(NOW)
+    group.messages['b'].append((wrong, {'t': 4, 'k': 'x'}))
+    group.messages['a'].append((NOW, {'t': 100, 'k': 'x'}))
+    group.run(NOW + 1000)
+    group.run(NOW + assign.IDLE - 1000)
+    assert seen(group) == []
+    group.messages['a'].append((NOW, {'t': 101, 'k': 'x'}))
+    group.run(NOW + assign.IDLE + 1000)
+    assert seen(group) == [(0, 10, 'x', [1, 3, 4])]
+
+
 def test_an_idle_stream_closes_its_windows_by_the_clock():
     group = group_of(event(FixedTimeWindow, interval=10), a=[(1, 'x')])
     group.run(NOW + assign.IDLE + 8_999)
@@ -412,6 +428,23 @@ def test_every_message_is_in_exactly_the_windows_of_its_time(events, steps, size
     emitter = event(SlidingTimeWindow, interval=interval, slide=slide, lateness=lateness)
     group = play(emitter, events, steps, lambda at: NOW)
     check_grid(group, interval, slide, check_common(group, lateness))
+
+
+@EXAMPLES
+@given(EVENTS, STEPS, st.sampled_from(['slide', 'gap', 'count', 'created']), st.integers(1, 4))
+def test_when_windows_are_emitted_early_nothing_is_lost_or_twice(events, steps, kind, most):
+    emitter, copies, time_of = {
+        'slide': (event(SlidingTimeWindow, interval=20, slide=10, lateness=1000, max_open_windows=most), 2, NOW),
+        'gap': (event(SessionWindow, gap=10, lateness=1000, max_open_windows=most), 1, NOW),
+        'count': (CountWindow('s', size=3, max_wait=10, key='k', max_open_windows=most), 1, None),
+        'created': (FixedTimeWindow('s', interval=10, key='k', max_open_windows=most), 1, None),
+    }[kind]
+    group = play(emitter, events, steps, lambda at: time_of or NOW + 1000 * at)
+    assert not any(claim.late for claim in group.seen.values())
+    count = Counter(place for claim in group.seen.values() for place in offsets_in(claim))
+    everything = {(producer, offset) for producer, items in group.messages.items() for offset in range(len(items))}
+    assert count == dict.fromkeys(everything, copies)
+    assert group.group['number'] == len(group.seen)
 
 
 @EXAMPLES

@@ -142,6 +142,29 @@ def test_in_worker_processes(stream):
     assert sorted(run(stream, interval=10, executor=None, workers=1, **EVENT)) == expected
 
 
+def test_the_last_windows_of_a_stream_that_falls_silent_are_emitted_by_the_clock(stream, monkeypatch):
+    monkeypatch.setattr(assign, 'IDLE', 200)
+    seen = Seen()
+    with started(emitter_of(stream, sink=seen, interval=0.5, **EVENT)):
+        stream.append_many(events((1.1, 'x'), (1.2, 'y'), (1.4, 'x')))
+        eventually(lambda: len(seen) == 2)
+    assert [each['seen'] for each in seen] == [[1.1, 1.4], [1.2]]
+
+
+@pytest.mark.parametrize('options', [{'ordered': True}, {'workers': 2, 'executor': None}, {'max_attempts': 2}])
+def test_late_and_bad_messages_are_in_nobodys_way(stream, options):
+    seen = Seen()
+    with started(emitter_of(stream, sink=seen, interval=1, **EVENT, **options)):
+        for turn in range(20):
+            messages = events((turn, 'x'), (turn + 0.5, 'y'), (turn - 10, 'late'), (0, 'bad'))
+            messages[-1]['time'] = None
+            stream.append_many(messages)
+        eventually(lambda: sum(each['key'] != 'late' for each in seen) == 38)
+        eventually(lambda: stream.group().failed == 20)
+    in_time = sorted(at for each in seen for at in each['seen'] if each['key'] != 'late')
+    assert in_time == [at / 2 for at in range(38)]
+
+
 # --- what is late, and what is bad
 
 
