@@ -16,6 +16,7 @@ from pymongo.errors import PyMongoError
 
 from . import connection, dead, ledger
 from .abc import BulkSink, ExactlyOnceSink
+from .commits import Commits
 from .connection import Target
 from .errors import ArgumentError, LeaseLostError, ServerError, WindowFailedError
 from .lease import Lease
@@ -39,10 +40,12 @@ class Delivery:
     """Settles the outcomes of windows: sink, then commit; or the attempt counted, and at last a dead letter."""
 
     def __init__(
-        self, emitter: WindowEmitter, target: Target, taken: Lease, progress: Progress, follower: Follower
-    ) -> None:
+        self, emitter: WindowEmitter, target: Target, taken: Lease, progress: Progress, follower: Follower,
+        wake: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._emitter, self._target, self._lease = emitter, target, taken
         self._progress, self._follower = progress, follower
+        self._commits = Commits(target.majority, taken.epoch, wake)
         sink = None if emitter.overrides('forward') else emitter.sink
         self._once = sink if isinstance(sink, ExactlyOnceSink) else None
         self._bulk = sink if isinstance(sink, BulkSink) else None
@@ -50,6 +53,20 @@ class Delivery:
         self._sessions: set[Binary] = set()
         self.committed = 0
         self.finished = 0
+
+    @property
+    def busy(self) -> set[int]:
+        """The numbers of the windows whose results wait for others before them, or for their commit."""
+        return self.held.keys() | self._commits.numbers
+
+    @property
+    def commits(self) -> bool:
+        """Whether windows are being committed."""
+        return bool(self._commits.numbers)
+
+    def close(self) -> None:
+        """Commit what waits for it; what fails is done again by the next consumer."""
+        self._commits.close()
 
     def in_order(self, ready: list[Claim], dispatched: int) -> list[Claim]:
         """Those that may be dispatched: so few results wait for the window before them, and that one always may."""
@@ -64,6 +81,8 @@ class Delivery:
             LeaseLostError: if another consumer has taken over.
             WindowFailedError: if a window has failed for good and the consumer is to stop then.
         """
+        done = self._commits.take_done()
+        self._committed(done)
         committed: list[Claim] = []
         failed: dict[int, Outcome] = {}
         run: list[tuple[Claim, Outcome]] = []
@@ -80,17 +99,17 @@ class Delivery:
         for claim, outcome in in_order[self._deliver_all(in_order, committed, failed) :]:
             if claim.number not in failed:
                 self.held[claim.number] = outcome  # behind one that failed
-        if committed:
-            self._commit(committed)
+        self._commits.add(committed)
         if failed:
             self._retry(failed)
-        return bool(committed or failed)
+        return bool(done or committed or failed)
 
     def _next_in_order(self) -> list[tuple[Claim, Outcome]]:
         """Take the results that wait for no window before them off those held."""
         run: list[tuple[Claim, Outcome]] = []
+        delivered = self._commits.numbers if self.held else set()
         for number, claim in sorted(self._progress.open.items()) if self.held else ():
-            if claim.replay:
+            if claim.replay or number in delivered:
                 continue
             if number not in self.held:
                 break
@@ -198,8 +217,7 @@ class Delivery:
                     by_function = not isinstance(exc, ServerError)  # a stream that is full is a matter of time
                     error = f'late: {type(exc).__name__}: {exc}'
                     failed[claim.number] = Outcome(claim.number, error=error, by_function=by_function)
-        if gone:
-            self._commit(gone)
+        self._commits.add(gone)
         if failed:
             self._retry(failed)
 
@@ -218,10 +236,7 @@ class Delivery:
 
     # --- commit
 
-    def _commit(self, claims: list[Claim]) -> None:
-        ids = [claim.id for claim in claims if not claim.committed]
-        if ids:
-            ledger.commit_windows(self._target.majority, ids, self._lease.epoch)
+    def _committed(self, claims: list[Claim]) -> None:
         for claim in claims:
             if claim.picked and not claim.replay:
                 self._emitter.commit(claim.picked, claim.argument)
@@ -286,8 +301,7 @@ class Delivery:
         for claim in claims:
             if claim.id in processed:
                 dead.drop(db, [claim.id], windows=False)
-                claim.committed = True
-                self._commit([claim])
+                self._committed([claim])
                 continue
             if claim.picked and not claim.replay:
                 self._emitter.commit(claim.picked, claim.argument)

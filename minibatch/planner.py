@@ -83,6 +83,7 @@ class Planner:
             stack.callback(self._drain)
             stack.callback(listener(self.target).remove, self)
             self._recover()
+            stack.callback(self.delivery.close)
             stack.enter_context(self._stall_watch())
             if self.emitter.source is not None:
                 stack.callback(self.stream.stop)
@@ -121,7 +122,7 @@ class Planner:
             if not self._turn():
                 self._rest()
         deadline = time.monotonic() + STOP_TIMEOUT
-        while self._in_flight and time.monotonic() < deadline:
+        while (self._in_flight or self.delivery.commits) and time.monotonic() < deadline:
             self.consumer.wait(TICK)
             self._collect()
         if self._in_flight:
@@ -137,9 +138,10 @@ class Planner:
         while True:
             planned = self._plan(now)
             self._dispatch(tried)
-            if not (planned or self._in_flight or self._collect()):  # else results that were held are delivered now
+            under_way = bool(self._in_flight) or self.delivery.commits
+            if not (planned or under_way or self._collect()):  # else results that were held are delivered now
                 break
-            self.consumer.wait(TICK if self._in_flight else 0)
+            self.consumer.wait(TICK if under_way else 0)
             self._collect()
             for number, claim in self.progress.open.items():
                 if claim.suspect and claim.failures == 1 and number not in self._dispatched:
@@ -237,7 +239,9 @@ class Planner:
         self.progress = Progress.resume(
             windows, number, following, positions, *marks, follows=not self.emitter.assigns
         )
-        self.delivery = Delivery(self.emitter, self.target, self.lease, self.progress, self.follower)
+        self.delivery = Delivery(
+            self.emitter, self.target, self.lease, self.progress, self.follower, self.consumer.wake
+        )
         if self.emitter.picks:
             for claim in self.progress.found:
                 self._pick_again(claim)
@@ -340,7 +344,7 @@ class Planner:
             raise LeaseLostError
         per_task = self._windows_per_task(CLAIM_WINDOWS)
         wanted = min(self.consumer.at_once * per_task, CLAIM_WINDOWS)
-        busy = self._dispatched | self.delivery.held.keys()
+        busy = self._dispatched | self.delivery.busy
         new = [claim for claim in self.progress.open.values() if not claim.replay]
         waiting = sum(1 for claim in new if not claim.not_before and claim.number not in busy)
         limit = min(wanted - waiting, MAX_OPEN - len(new))
@@ -390,7 +394,7 @@ class Planner:
     def _dispatch(self, tried: set[int] | None = None) -> bool:
         """Give open windows to the executor, in order, several small ones in a task; in flight is bounded."""
         now = time.monotonic()
-        busy = self._dispatched | self.delivery.held.keys() | (tried or set())
+        busy = self._dispatched | self.delivery.busy | (tried or set())
         ready = [
             claim
             for number, claim in sorted(self.progress.open.items())
