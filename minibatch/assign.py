@@ -260,7 +260,10 @@ class Waits:
 
 
 class Held:
-    """Which stored windows hold a message; asked for the messages of each producer in order."""
+    """Which stored windows hold a message; asked for the messages of each producer in order.
+
+    `ends` are the offsets after the last ones held.
+    """
 
     def __init__(self, stored: Iterable[Stored]) -> None:
         self._coming: dict[str, list[tuple[int, int, int | None]]] = {}
@@ -268,6 +271,7 @@ class Held:
         for window in stored:
             for span in window.spans:
                 self._coming.setdefault(span.producer, []).append((span.start, span.end, window.end))
+        self.ends = {producer: max(end for _, end, _ in runs) for producer, runs in self._coming.items()}
         for runs in self._coming.values():
             runs.sort(key=itemgetter(0), reverse=True)
 
@@ -380,12 +384,21 @@ class Assigner:
     def advance(self, now: int) -> None:
         """Move the watermark as far as what was read allows, and close the windows that end by then."""
         reached = self._event_time(now) if self.event else self._created_time(now)
-        if reached > self.watermark:
+        if reached > self.watermark and not self._reads_again():
             self.watermark = reached
             self._closed = {ident: end for ident, end in self._closed.items() if end > reached}
         while (bucket := self._oldest()) is not None and bucket.end <= self.watermark:
             self.close(bucket)
         self._forget(now)
+
+    def _reads_again(self) -> bool:
+        """Whether messages that stored windows hold are still to come: some may have other windows to come."""
+        self._held.ends = {
+            name: end
+            for name, end in self._held.ends.items()
+            if (seen := self._producers.get(name)) is not None and seen.read < min(end, seen.end)
+        }
+        return bool(self._held.ends)
 
     def _event_time(self, now: int) -> int:
         producers = self._producers.values()

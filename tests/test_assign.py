@@ -323,6 +323,17 @@ def test_producers_that_come_and_go_are_forgotten(monkeypatch):
     assert len(group.progress.planned) <= 3
 
 
+def test_a_message_of_a_stored_window_is_in_its_other_windows_however_it_is_read_again(monkeypatch):
+    emitter = SlidingTimeWindow('s', interval=20, slide=5, key='k')
+    group = MemoryGroup(emitter, {'a': [(NOW, {'k': 'x'}), (NOW + 10_000, {'k': 'x'}), (NOW, {'k': 'x'})]})
+    group.plan(NOW + 10_000, limit=1)
+    group.restart()
+    monkeypatch.setattr(window, 'CHUNK', 1)
+    group.run(NOW + 100_000)
+    places = Counter(place for claim in group.seen.values() for place in offsets_in(claim))
+    assert places == {('a', 0): 4, ('a', 1): 4, ('a', 2): 4}
+
+
 # --- against references
 
 
