@@ -134,6 +134,7 @@ class Planner:
         """Process what is due now, each window once; returns how many were committed."""
         now = self.lease.now()
         self._look(now)
+        self._take_replays()
         tried: set[int] = set()
         while True:
             planned = self._plan(now)
@@ -160,6 +161,7 @@ class Planner:
         due = self.emitter.next_due()
         if time.monotonic() >= self._look_at or (due is not None and now >= due):
             self._look(now)  # after `now`: what was stored before a window closes must be seen
+        self._take_replays()
         planned = self._plan(now)
         dispatched = self._dispatch()
         self._follow()
@@ -297,7 +299,6 @@ class Planner:
                 first = store.first_kept(db, self.name, producer, planned) if planned < end else None
                 if first is not None:
                     self._skip_to(producer, first)
-        self._take_replays()
         if len(self.progress.planned) > 2 * len(ends) + 100:
             self.progress.forget(ends)
             self._begun.intersection_update(ends)
