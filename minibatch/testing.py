@@ -250,11 +250,12 @@ def _parsed(i: int, message: Any) -> tuple[datetime | None, bytes]:
 
 
 def _time(name: str, value: Any) -> datetime:
+    if isinstance(value, datetime):
+        return aware(value).astimezone(timezone.utc)
     try:
-        ms = time_of(value)
+        return from_ms(time_of(value))
     except BadMessage as exc:
         raise ArgumentError(f'{name} {exc}') from None
-    return aware(value) if isinstance(value, datetime) else from_ms(ms)
 
 
 class _ListLog(Log):
@@ -318,10 +319,10 @@ class _Group:
     def end(self) -> None:
         """Let time go on until nothing is left but what waits for more messages."""
         pause = IDLE * MILLISECOND
-        while self._clock is not None and self._log.waiting():
+        while self._clock is not None and self._log.waiting() and self._clock.now() < END_OF_TIME:
             due = self._emitter.next_due()
-            if due is None and self._event_time and self._clock.now() + pause < END_OF_TIME:
-                due = self._clock.now() + pause
+            if due is None and self._event_time:
+                due = self._clock.now() + min(pause, END_OF_TIME - self._clock.now())
                 pause *= 2
             if due is None:
                 return
