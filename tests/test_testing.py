@@ -153,6 +153,14 @@ def test_windows_shorter_than_a_millisecond_come_to_an_end():
     assert sum(run(len, at(0, 1), interval=0.0015).results) == 2
 
 
+def test_windows_that_are_due_together_are_emitted_at_the_same_time_however_many():
+    clock = ManualClock()
+    messages = [*({'of': i, 'at': 0} for i in range(1500)), {'of': 'end', 'at': 100}]
+    done = run(lambda window: clock.now(), messages, interval=10, key='of', timestamp='at', clock=clock)
+    assert len(done) == 1501
+    assert len(set(done.results[:1500])) == 1
+
+
 def test_a_clock_is_moved_by_hand_and_never_back():
     clock = ManualClock(datetime(2026, 1, 1))
     clock.advance(0.5)
