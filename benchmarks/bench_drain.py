@@ -7,9 +7,10 @@ when much of the deleting is still to come; the steady floor reads and sums only
 
 import time
 
-from common import Case, Inline, Totals, by_hand, consuming, fill, summed
+from common import Case, Totals, by_hand, consuming, fill, summed
 
 import minibatch as mb
+from minibatch.testing import InlineExecutor
 
 BETTER = 'more'
 STEADY = 10  # windows; fewer are no steady state
@@ -41,7 +42,7 @@ def cases(server, given):
     ways = given.some(
         ('1 worker', {'workers': 1}),
         ('2 workers', {'workers': 2}),
-        ('inline', {'executor': Inline, 'workers': 1}),
+        ('inline', {'executor': InlineExecutor, 'workers': 1}),
     )
     found = []
     for batch, kind in ((False, 'singles'), (True, 'record batches')):

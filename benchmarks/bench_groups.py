@@ -6,9 +6,10 @@ They are deleted when the last group has processed them.
 
 import time
 
-from common import Case, Inline, Totals, by_hand, consuming, fill, summed
+from common import Case, Totals, by_hand, consuming, fill, summed
 
 import minibatch as mb
+from minibatch.testing import InlineExecutor
 
 BETTER = 'more'
 
@@ -17,7 +18,9 @@ def process(server, number, groups):
     stream = server.stream()
     totals = [Totals(number) for _ in range(groups)]
     emitters = [
-        mb.make_emitter(stream.name, summed, size=1000, group=f'group{i}', executor=Inline, workers=1, sink=sink)
+        mb.make_emitter(
+            stream.name, summed, size=1000, group=f'group{i}', executor=InlineExecutor, workers=1, sink=sink
+        )
         for i, sink in enumerate(totals)
     ]
     for emitter in emitters:

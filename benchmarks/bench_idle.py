@@ -8,9 +8,10 @@ reached, by the design: 1 % of a core for each consumer, and as much of mongod.
 import time
 
 import psutil
-from common import Case, Inline, Totals, consuming, in_process, summed
+from common import Case, Totals, consuming, in_process, summed
 
 import minibatch as mb
+from minibatch.testing import InlineExecutor
 
 BETTER = 'less'
 SECONDS = {'quick': (0.5, 1), 'short': (3, 5), 'full': (10, 60)}  # until it is at rest, and measured
@@ -73,5 +74,5 @@ def cases(server, given):
     return [
         case('no consumer', 0),
         case('1 stream, 2 workers', 1, workers=2),
-        case('32 streams, inline', 32, executor=Inline, workers=1),
+        case('32 streams, inline', 32, executor=InlineExecutor, workers=1),
     ]

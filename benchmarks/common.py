@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -154,15 +154,6 @@ def summed(window):
 
 
 # --- consumers
-
-
-class Inline:
-    """An executor that runs in this process, at once."""
-
-    def submit(self, fn):
-        done = Future()
-        done.set_result(fn())
-        return done
 
 
 class Totals:

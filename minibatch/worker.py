@@ -197,16 +197,19 @@ class Task:
         result = argument if self.fn is None else self.fn(argument)
         if not self.returns:
             return None
-        if result is None:
-            result = argument
-        if isinstance(result, (MessageWindow, Window)):
-            result = result.data
+        result = shown(result, argument)
         if not self._pickles:
             return result
         try:
             return cloudpickle.dumps(result)
         except Exception as exc:
             raise DataError(f'what the function returned ({type(result).__name__}) cannot be pickled: {exc}') from exc
+
+
+def shown(result: Any, argument: Any) -> Any:
+    """What the sink gets if a function returned `result` for `argument`; of a window, its data."""
+    result = argument if result is None else result
+    return result.data if isinstance(result, (MessageWindow, Window)) else result
 
 
 def load(target: Target, stream: str, work: Work) -> MessageWindow:

@@ -9,8 +9,7 @@ import struct
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Set
-from concurrent.futures import Future
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -123,18 +122,6 @@ def terminate(process: subprocess.Popen[str], number: signal.Signals = signal.SI
     process.send_signal(number)
     assert process.wait(20) == 0
     gone(workers)
-
-
-class InThisThread:
-    """An executor that has done it when submit returns."""
-
-    def submit(self, fn: Callable[[], Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn())
-        except Exception as exc:
-            future.set_exception(exc)
-        return future
 
 
 def note(window: mb.MessageWindow) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 
 import pytest
-from processes import InThisThread, Seen, appended, note, prove, prove_log, started, write_at
+from processes import Seen, appended, note, prove, prove_log, started, write_at
 from servers import eventually
 
 import minibatch as mb
@@ -14,12 +14,13 @@ from minibatch import backlog, clock, ledger, producer, store
 from minibatch.backlog import count_backlog
 from minibatch.errors import ArgumentError, BacklogFullError, ServerError
 from minibatch.store import Span
+from minibatch.testing import InlineExecutor
 
 ENOUGH = 10**9
 
 
 def emitter_of(stream, sink=None, size=10, **options):
-    return mb.make_emitter(stream.name, note, stream=stream, sink=sink, size=size, executor=InThisThread, **options)
+    return mb.make_emitter(stream.name, note, stream=stream, sink=sink, size=size, executor=InlineExecutor, **options)
 
 
 @contextmanager

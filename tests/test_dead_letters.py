@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from processes import InThisThread, Seen, appended, note, prove, started
+from processes import Seen, appended, note, prove, started
 from pymongo.errors import AutoReconnect
 from servers import eventually
 
@@ -22,6 +22,7 @@ from minibatch import dead as letters
 from minibatch.contrib.mongodb import MongoSink
 from minibatch.dead import REPLAY_EPOCH
 from minibatch.errors import ArgumentError, WindowFailedError
+from minibatch.testing import InlineExecutor
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def stream(url):
 
 def here(stream, fn, **options):
     """A consumer whose functions run in this thread."""
-    return mb.make_emitter('s', fn, stream=stream, executor=InThisThread, **{'size': 10, **options})
+    return mb.make_emitter('s', fn, stream=stream, executor=InlineExecutor, **{'size': 10, **options})
 
 
 def dead(db):
@@ -319,7 +320,7 @@ def test_a_stream_as_a_sink_that_is_full_makes_windows_wait_and_no_dead_letters(
     appended(stream, 0, 0, 100)
     with started(here(stream, lambda window: window.data, max_attempts=1, sink=full, ordered=True)):
         eventually(lambda: db.group.find_one({'stream': 's', 'retried': {'$gt': 2}}))
-        emitter = mb.make_emitter('full', note, stream=full, size=10, executor=InThisThread, sink=seen)
+        emitter = mb.make_emitter('full', note, stream=full, size=10, executor=InlineExecutor, sink=seen)
         with started(emitter):
             eventually(lambda: seen.count() == 100)
     assert not dead(db)
@@ -446,7 +447,7 @@ def test_the_same_sink_keeps_each_window_once_on_a_standalone_server(standalone_
     ({'on_error': 'explode'}, "on_error must be 'continue' or 'stop', not 'explode'"),
     ({'start': 'middle'}, "start must be 'earliest' or 'latest', not 'middle'"),
     ({'stall_after': -1}, 'stall_after must be from'),
-    ({'timeout': 1, 'executor': InThisThread}, 'timeout ends worker processes of the default executor'),
+    ({'timeout': 1, 'executor': InlineExecutor}, 'timeout ends worker processes of the default executor'),
 ])
 def test_wrong_options_are_refused_by_name(options, message):
     with pytest.raises(ArgumentError, match=message):

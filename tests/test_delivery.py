@@ -15,7 +15,6 @@ from typing import Any
 import bson
 import pytest
 from processes import (
-    InThisThread,
     Seen,
     appended,
     consumer,
@@ -38,6 +37,7 @@ import minibatch as mb
 from minibatch import connection, store
 from minibatch.errors import ArgumentError, GroupConflictError, PortabilityError
 from minibatch.models import Buffer
+from minibatch.testing import InlineExecutor
 from minibatch.window import WindowEmitter
 
 
@@ -54,7 +54,7 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
 
 
 def emitter_of(stream: mb.Stream, fn: Any = note, **options: Any) -> WindowEmitter:
-    return mb.make_emitter(stream.name, fn, stream=stream, **{'executor': InThisThread, **options})
+    return mb.make_emitter(stream.name, fn, stream=stream, **{'executor': InlineExecutor, **options})
 
 
 # --- many messages
@@ -291,7 +291,7 @@ def test_a_window_whose_function_raises_is_tried_again_and_counts_its_attempts(s
     assert attempts == [1, 2, 3]
 
 
-@pytest.mark.parametrize('executor', [InThisThread, None])
+@pytest.mark.parametrize('executor', [InlineExecutor, None])
 @pytest.mark.parametrize(('make', 'expected'), [
     (lambda window: [], []), (lambda window: 0, 0), (lambda window: '', ''), (lambda window: {}, {}),
     (lambda window: None, [{'a': 1}]), (lambda window: window, [{'a': 1}]), (None, [{'a': 1}]),
@@ -332,8 +332,8 @@ def double(window):
     lambda: concurrent.futures.ThreadPoolExecutor(2),
     lambda: concurrent.futures.ProcessPoolExecutor,
     lambda: concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context('spawn')),
-    lambda: InThisThread,
-    InThisThread,
+    lambda: InlineExecutor,
+    InlineExecutor,
     lambda: None,
 ], ids=['threads', 'threads made', 'processes', 'processes made', 'inline', 'inline made', 'default'])
 def test_any_executor_runs_functions_lambdas_and_builtins(stream, make):
@@ -541,7 +541,7 @@ class SortedWindow(WindowEmitter):
 VALUES = [5, 8, 2, 4, 9, 0, 6, 1, 3, 7]
 
 
-@pytest.mark.parametrize('executor', [InThisThread, None])
+@pytest.mark.parametrize('executor', [InlineExecutor, None])
 @pytest.mark.parametrize('how', ['single', 'batch', 'two producers'])
 def test_an_emitter_picks_messages_out_of_order(stream, db, connect, standalone_url, executor, how):
     connect(standalone_url)  # the default is another database

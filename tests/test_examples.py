@@ -15,9 +15,9 @@ EXAMPLES = Path(__file__).parent.parent / 'examples'
 def run(url, tmp_path):
     """Run an example, in another folder, to its end; what it printed."""
 
-    def run(name):
+    def run(name, *args):
         environment = {**os.environ, 'MINIBATCH_MONGO_URL': url}
-        program = [sys.executable, str(EXAMPLES / name)]
+        program = [sys.executable, str(EXAMPLES / name), *args]
         done = subprocess.run(program, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, '')
         return done.stdout
@@ -40,8 +40,18 @@ def test_the_weather_adds_up_to_what_plain_python_says(run, db):
     assert db.example_weather_weeks.find_one({'week': '2014/03/02'})['rain'] == pytest.approx(128.3)
 
 
-def test_an_example_can_be_run_again(run):
-    assert run('weather.py').splitlines()[-1] == run('weather.py').splitlines()[-1]
+def test_the_flights_are_counted_and_averaged_as_pandas_does_and_drawn(run, db, tmp_path):
+    # What matplotlib says when it is used for the first time on a machine is no error of the example.
+    subprocess.run([sys.executable, '-c', 'import matplotlib.font_manager'], check=True, timeout=120)
+    out = run('flights.py', '3000')
+    assert out.splitlines()[-1] == '3,000 flights in 553 hours of airlines, by pandas the same to the last digit'
+    assert sum(doc['flights'] for doc in db.example_flights_hours.find()) == 3000
+    assert (tmp_path / 'flights.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('command', [['weather.py'], ['flights.py', '1000']])
+def test_an_example_can_be_run_again(run, command):
+    assert run(*command).splitlines()[-1] == run(*command).splitlines()[-1]
 
 
 @pytest.mark.parametrize('path', sorted(EXAMPLES.glob('*.py')), ids=lambda path: path.name)

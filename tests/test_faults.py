@@ -16,7 +16,6 @@ from processes import (
     SCRIPTS,
     SEED,
     History,
-    InThisThread,
     Seen,
     appended,
     command,
@@ -47,6 +46,7 @@ from servers import Mongod, Proxy, ReplicaSet, eventually
 import minibatch as mb
 from minibatch import ledger
 from minibatch.contrib.mongodb import MongoSink
+from minibatch.testing import InlineExecutor
 
 # Every write of the consumer's loop. The first death leaves a lease behind, as the fence needs one to be called.
 WRITES = ('claim_windows', 'take_lease', 'fence', 'adopt_windows', 'commit_windows', 'commit_with', 'write_positions',
@@ -263,7 +263,7 @@ def test_a_sink_that_fails_every_third_time_shows_every_message_once(url, db, st
 
     appended(stream, 0, 0, 300)
     sink = EveryThirdFails(MongoSink(db.once, exactly_once=True))
-    emitter = mb.make_emitter('faults', process, stream=stream, size=10, executor=InThisThread, sink=sink)
+    emitter = mb.make_emitter('faults', process, stream=stream, size=10, executor=InlineExecutor, sink=sink)
     with started(emitter):
         eventually(lambda: not db.buffer.count_documents({}), message='messages were not deleted')
     prove_once(db, 'sink fails every third call', {0: 300})
@@ -447,7 +447,7 @@ def test_a_consumer_goes_on_when_the_reply_to_one_of_its_writes_was_lost(mongod,
     with Proxy(mongod.port) as proxy:
         stream = mb.stream('faults', url=f'{proxy.url(db.name)}&retryWrites=false')
         appended(stream, 0, 0, 500)
-        emitter = mb.make_emitter('faults', note, stream=stream, size=10, executor=InThisThread, sink=seen, lease=2.0)
+        emitter = mb.make_emitter('faults', note, stream=stream, size=10, executor=InlineExecutor, sink=seen, lease=2.0)
         happened = proxy.cut_reply(command(verb, collection))
         with started(emitter):
             assert happened.wait(10)
@@ -472,7 +472,7 @@ def test_fixed_windows_stay_right_when_the_connection_is_lost_while_they_are_cla
     times = [start + timedelta(seconds=0.1 * i) for i in range(100)]
     write_at(db, 'faults', times)
     emitter = mb.make_emitter(
-        'faults', note, stream=stream, interval=1.0, relaxed=False, executor=InThisThread, sink=seen
+        'faults', note, stream=stream, interval=1.0, relaxed=False, executor=InlineExecutor, sink=seen
     )
     with started(emitter):
         eventually(lambda: seen.count() == 100)

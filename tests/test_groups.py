@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from processes import InThisThread, Seen, appended, started
+from processes import Seen, appended, started
 from servers import eventually
 
 import minibatch as mb
@@ -12,6 +12,7 @@ from minibatch.errors import ArgumentError, GroupBusyError, LeaseLostError
 from minibatch.groups import DeadLetters
 from minibatch.producer import encode
 from minibatch.store import Span
+from minibatch.testing import InlineExecutor
 
 START = datetime(2026, 1, 31, 12, tzinfo=timezone.utc)
 
@@ -333,7 +334,7 @@ def numbered(window):
 def consume(stream, fn=numbered, **options):
     """Process what is due, in windows of 5; what the sink was given."""
     results = Seen()
-    options = {'size': 5, 'executor': InThisThread, 'sink': results, **options}
+    options = {'size': 5, 'executor': InlineExecutor, 'sink': results, **options}
     mb.make_emitter('s', fn, stream=stream, **options)._run_once()
     return list(results)
 
@@ -591,7 +592,7 @@ def test_a_dead_letter_of_a_consumer_is_replayed_by_the_next_one(stream, log):
     assert stream.group().lag() == (0, 0.0)
     letter.replay()
     results = Seen()
-    options = {'size': 5, 'executor': InThisThread, 'sink': results}
+    options = {'size': 5, 'executor': InlineExecutor, 'sink': results}
     with started(mb.make_emitter('s', numbered, stream=stream, **options)):
         eventually(lambda: not stream.dead_letters())
     assert list(results) == [(1, [0, 1, 2, 3, 4])]

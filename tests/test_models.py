@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 
 import pytest
-from processes import InThisThread, Seen, appended, note, prove, started, write_at
+from processes import Seen, appended, note, prove, started, write_at
 from servers import eventually
 
 import minibatch as mb
@@ -12,6 +12,7 @@ from minibatch.clock import EPOCH
 from minibatch.errors import ArgumentError, BacklogFullError, DataError
 from minibatch.messages import MessageWindow
 from minibatch.store import Span
+from minibatch.testing import InlineExecutor
 
 
 @pytest.fixture
@@ -236,8 +237,8 @@ def test_streams_can_be_chained(url):
     def relay(window):
         return [{**data, 'window': window.number} for data in window.data]
 
-    relaying = mb.make_emitter('first', relay, stream=first, size=10, sink=second, executor=InThisThread)
-    noting = mb.make_emitter('second', note, stream=second, size=5, sink=seen, executor=InThisThread)
+    relaying = mb.make_emitter('first', relay, stream=first, size=10, sink=second, executor=InlineExecutor)
+    noting = mb.make_emitter('second', note, stream=second, size=5, sink=seen, executor=InlineExecutor)
     with started(relaying), started(noting):
         appended(first, 0, 0, 100)
         eventually(lambda: seen.count() == 100)
@@ -253,7 +254,7 @@ def test_with_max_age_processed_messages_are_kept_for_a_group_that_comes_later(u
     appended(stream, 0, 0, 50)
     for group in ('one', 'two'):
         seen = Seen()
-        emitter = mb.make_emitter('s', note, stream=stream, size=10, group=group, sink=seen, executor=InThisThread)
+        emitter = mb.make_emitter('s', note, stream=stream, size=10, group=group, sink=seen, executor=InlineExecutor)
         assert emitter._run_once() == 5
         prove(seen.messages(), {0: 50})
     assert [(record.n, record.processed) for record in stream.buffer()] == [(50, True)]

@@ -6,12 +6,13 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from processes import InThisThread, Seen, consumer, started, terminate, windows_seen, write_at
+from processes import Seen, consumer, started, terminate, windows_seen, write_at
 from servers import eventually
 
 import minibatch as mb
 from minibatch import assign, ledger, store
 from minibatch.errors import TooManyWindowsError
+from minibatch.testing import InlineExecutor
 from minibatch.window import WindowEmitter
 
 START = datetime(2026, 1, 31, 12, tzinfo=timezone.utc)
@@ -30,7 +31,7 @@ def place(window: mb.MessageWindow) -> dict[str, Any]:
 
 
 def emitter_of(stream: mb.Stream, fn: Any = place, **options: Any) -> WindowEmitter:
-    return mb.make_emitter(stream.name, fn, stream=stream, **{'executor': InThisThread, **options})
+    return mb.make_emitter(stream.name, fn, stream=stream, **{'executor': InlineExecutor, **options})
 
 
 def run(stream: mb.Stream, **options: Any) -> list[Any]:
