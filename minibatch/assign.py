@@ -105,7 +105,7 @@ class Seen:
     @property
     def last(self) -> int:
         """When it sent something last, as far as is known."""
-        return max(self.newest or NEVER, self.heard)
+        return self.heard if self.newest is None else max(self.newest, self.heard)
 
 
 class Rule(Protocol):
@@ -355,13 +355,13 @@ class Assigner:
         fresh: Fresh = []
         for message in messages:
             held = self._held.at(span.producer, message.offset)
-            seen.newest = max(min(message.created, now), seen.newest or NEVER)
+            seen.newest = max(min(message.created, now), NEVER if seen.newest is None else seen.newest)
             if message.bad:
                 if not held:
                     self._aside(Bucket(bad=message.bad), span.producer, message.offset)
                 continue
             if not self.event:
-                seen.high = max(min(message.time, now), seen.high or NEVER)
+                seen.high = max(min(message.time, now), NEVER if seen.high is None else seen.high)
             elif message.time <= now + SKEW:
                 seen.high = message.time if seen.high is None else max(message.time, seen.high)
             else:
