@@ -22,7 +22,7 @@ from minibatch import connection, store
 MESSAGE = {'name': 'sensor', 'x': 1.5}
 BATCH = 1000  # messages in a record batch
 STEP = {True: 20_000, False: 5000}  # messages a hand-written loop reads and deletes at once: of record batches, singles
-SIZES = {'quick': (0.02, 1), 'short': (0.15, 3), 'full': (1.0, 5)}  # how many of the messages, how many repeats
+SIZES = {'quick': (0.02, 1), 'short': (0.3, 3), 'full': (1.0, 5)}  # how many of the messages, how many repeats
 PATIENCE = 300.0  # seconds until a benchmark that makes no end has failed
 
 PROCESSES = multiprocessing.get_context(

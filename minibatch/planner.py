@@ -343,8 +343,7 @@ class Planner:
         any, or there is more to read."""
         if not self.lease.valid:
             raise LeaseLostError
-        per_task = self._windows_per_task(CLAIM_WINDOWS)
-        wanted = min(self.consumer.at_once * per_task, CLAIM_WINDOWS)
+        wanted = min(self.consumer.at_once * self._windows_per_task, CLAIM_WINDOWS)
         busy = self._dispatched | self.delivery.busy
         new = [claim for claim in self.progress.open.values() if not claim.replay]
         waiting = sum(1 for claim in new if not claim.not_before and claim.number not in busy)
@@ -430,7 +429,8 @@ class Planner:
         return bool(claims)
 
     def _next_task(self, ready: list[Claim]) -> list[Claim]:
-        count = self._windows_per_task(len(ready))
+        free = self.consumer.at_once - len(self._in_flight)
+        count = min(self._windows_per_task, -(-len(ready) // free))  # a share for each that waits for a task
         claims, messages = [ready[0]], ready[0].n
         for claim in ready[1:count]:
             messages += claim.n
@@ -439,13 +439,11 @@ class Planner:
             claims.append(claim)
         return claims
 
-    def _windows_per_task(self, ready: int) -> int:
-        """So many that a task takes a while, not so many that a worker has nothing to do."""
+    @property
+    def _windows_per_task(self) -> int:
+        """So many that a task takes a while."""
         seconds = self.consumer._seconds_per_window
-        if seconds is None:
-            return 1
-        fair = -(-ready // self.consumer.at_once)
-        return max(1, min(int(TASK_SECONDS / max(seconds, 1e-6)), fair, TASK_WINDOWS))
+        return 1 if seconds is None else max(1, min(int(TASK_SECONDS / max(seconds, 1e-6)), TASK_WINDOWS))
 
     def _start(self, claims: list[Claim]) -> None:
         if not self.lease.valid:
