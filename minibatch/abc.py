@@ -62,6 +62,13 @@ class WindowCommit(Protocol):
             LeaseLostError: if another consumer has taken over; abort.
         """
 
+    def commit_all(self, windows: Sequence[WindowCommit], session: ClientSession) -> bool:
+        """Commit several windows, of which this is one, within the transaction of `session`, in one step.
+
+        Returns:
+            False if not each of them is to be committed now: then abort, and deliver them one by one.
+        """
+
 
 @runtime_checkable
 class ExactlyOnceSink(Sink, Protocol):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bson import Binary
 from pymongo import MongoClient
@@ -15,7 +15,7 @@ from pymongo.client_session import ClientSession
 from pymongo.errors import PyMongoError
 
 from . import connection, dead, ledger
-from .abc import BulkSink, ExactlyOnceSink
+from .abc import BulkSink, ExactlyOnceSink, WindowCommit
 from .commits import Commits
 from .connection import Target
 from .errors import ArgumentError, LeaseLostError, ServerError, WindowFailedError
@@ -349,4 +349,12 @@ class _Commit:
                 raise ArgumentError('the sink is on another MongoDB than the stream, so they cannot commit together')
             raise LeaseLostError
         self.done = True
+        return committed
+
+    def commit_all(self, windows: Sequence[WindowCommit], session: ClientSession) -> bool:
+        self._note_session(session.session_id['id'])
+        db = session.client[self._target.dbname]
+        committed = ledger.commit_all_with(db, [window.id for window in windows], self._epoch, session)
+        for window in windows:
+            cast(_Commit, window).done = committed
         return committed

@@ -256,6 +256,12 @@ def commit_with(db: DB, id_: str, epoch: int, session: ClientSession) -> bool | 
     return None if db.window.find_one({**ours, **PROCESSED}, {'_id': 1}, session=session) is None else False
 
 
+def commit_all_with(db: DB, ids: list[str], epoch: int, session: ClientSession) -> bool:
+    """Make windows processed in a transaction; False if one of them is not there as ours and unfinished."""
+    ours = {'_id': {'$in': ids}, 'epoch': epoch, **UNFINISHED}
+    return db.window.update_many(ours, {'$set': PROCESSED}, session=session).matched_count == len(ids)
+
+
 def is_unfinished(db: DB, id_: str, epoch: int) -> bool:
     """Whether a window is ours and not finished."""
     return db.window.find_one({'_id': id_, 'epoch': epoch, **UNFINISHED}, {'_id': 1}) is not None

@@ -19,8 +19,9 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from datetime import datetime
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import bson
@@ -303,6 +304,8 @@ class Records:
         self, db: DB, stream: str, spans: Iterable[Span], session: ClientSession | None = None
     ) -> None:
         self._found: dict[str, tuple[list[int], list[Doc]]] = {}
+        spans = sorted(spans)
+        self._shared = any(one[0] == next_[0] and next_.start < one.end for one, next_ in pairwise(spans))
         for stretch in _stretches(spans):
             offsets, records = self._found.setdefault(stretch.producer, ([], []))
             for record in read_records(db, stream, stretch, session):
@@ -311,7 +314,8 @@ class Records:
 
     def of(self, spans: Iterable[Span]) -> list[tuple[Span, list[Doc]]]:
         """Each of some of these spans with its record batches; the outer ones may hold more."""
-        return [(span, self._covering(span)) for span in spans]
+        found = [(span, self._covering(span)) for span in spans]
+        return deepcopy(found) if self._shared else found  # what one function changes, another does not see
 
     def _covering(self, span: Span) -> list[Doc]:
         offsets, records = self._found.get(span.producer, ([], []))

@@ -504,9 +504,9 @@ def test_many_windows_are_committed_with_their_results_in_one_transaction(stream
     commit = MongoSink._commit
 
     class Counting(MongoSink):
-        def _commit(self, writes):
-            transactions.append(len(writes))
-            commit(self, writes)
+        def _commit(self, windows, writes):
+            transactions.append(len(windows))
+            return commit(self, windows, writes)
 
     appended(stream, 0, 0, 2000)
     emitter = mb.make_emitter(
@@ -517,6 +517,28 @@ def test_many_windows_are_committed_with_their_results_in_one_transaction(stream
     prove([[doc['source'], doc['seq']] for doc in db.once.find().sort('seq', 1)], {0: 2000})
     assert sum(transactions) == 2000
     assert max(transactions) > 1
+
+
+def test_windows_of_which_an_earlier_attempt_has_committed_some_are_committed_one_by_one(stream, db):
+    class Unsure(MongoSink):
+        """It does not know, the first time, that it has committed many windows."""
+
+        unsure = None
+
+        def _commit(self, windows, writes):
+            done = super()._commit(windows, writes)
+            if len(windows) > 1 and self.unsure is None:
+                self.unsure = len(windows)
+                raise AutoReconnect('no reply')
+            return done
+
+    appended(stream, 0, 0, 500)
+    sink = Unsure(db.once, exactly_once=True)
+    emitter = mb.make_emitter('s', lambda window: window.data, stream=stream, size=1, workers=1, sink=sink)
+    with started(emitter):
+        eventually(lambda: db.group.find_one({'number': 500}))
+    prove([[doc['source'], doc['seq']] for doc in db.once.find().sort('seq', 1)], {0: 500})
+    assert sink.unsure
 
 
 def test_a_group_that_was_killed_after_a_long_life_is_not_expired(db, url):

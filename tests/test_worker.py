@@ -68,6 +68,17 @@ def test_windows_of_interleaved_messages_are_read_at_once(target, monkeypatch):
     assert reads == [Span('a', 0, 20)]
 
 
+def test_what_a_function_does_to_a_message_is_not_seen_in_the_next_window_that_has_it(target):
+    def double(window):
+        for data in window.data:
+            data['v'] *= 2
+        return values(window)
+
+    overlapping = work(1, ('a', 0, 4)), work(2, ('a', 2, 12)), work(3, ('a', 10, 12))
+    outcomes = do(target, double, *overlapping)
+    assert [outcome.value for outcome in outcomes] == [[0, 2, 4, 6], [v * 2 for v in range(2, 12)], [20, 22]]
+
+
 def test_stretches_that_are_far_apart_are_read_one_by_one(target, monkeypatch):
     monkeypatch.setattr(store, 'NEAR', 2)
     outcomes = do(target, values, work(1, ('a', 1, 2), ('a', 4, 5), ('a', 8, 12)), work(2, ('a', 2, 3), ('a', 17, 18)))

@@ -110,8 +110,8 @@ class MongoSink:
         """Write the results of many windows at once; returns how many. See `minibatch.abc.BulkSink`."""
         results, windows = results[:MAX_WINDOWS], windows[:MAX_WINDOWS]
         if self._exactly_once:
-            self._write_once(results, windows)
-        elif self._key:
+            return len(results) if self._write_once(results, windows) else 0
+        if self._key:
             docs = [doc for result in results for doc in _documents(result)]
             if docs:
                 self._collection.bulk_write(_replacements(docs, self._key))
@@ -136,7 +136,8 @@ class MongoSink:
         """Write the result of one window so that it is there once; see the class. Raises as `put` does."""
         self._write_once([messages], [window])
 
-    def _write_once(self, results: Sequence[Any], windows: Sequence[WindowCommit]) -> None:
+    def _write_once(self, results: Sequence[Any], windows: Sequence[WindowCommit]) -> bool:
+        """Write the results of windows; False if they must be given one by one, and nothing is written."""
         joins = windows[0].joins(self._collection.database.client)
         writes: list[tuple[WindowCommit, list[_Write]]] = []
         for result, window in zip(results, windows, strict=True):
@@ -147,22 +148,29 @@ class MongoSink:
                 writes[-1][1].append(DeleteMany(_numbered_from(generated, window.id)))
         every = [write for _, some in writes for write in some]
         if every and joins:
-            self._commit(writes)
-        elif every:
+            return self._commit(windows, every)
+        if every:
             self._collection.bulk_write(every)
+        return True
 
-    def _commit(self, writes: list[tuple[WindowCommit, list[_Write]]]) -> None:
-        def attempt(session: ClientSession) -> None:
-            new = [some for window, some in writes if window.commit(session)]
-            if not new:  # an earlier attempt has committed all of them, with their results
+    def _commit(self, windows: Sequence[WindowCommit], writes: list[_Write]) -> bool:
+        def attempt(session: ClientSession) -> bool:
+            if len(windows) > 1:
+                new = done = windows[0].commit_all(windows, session)
+            else:
+                new, done = windows[0].commit(session), True  # else an earlier attempt has, with its results
+            if new:
+                self._collection.bulk_write(writes, session=session)
+            else:
                 session.abort_transaction()
-            elif any(new):
-                self._collection.bulk_write([write for some in new for write in some], session=session)
+            return done
 
         with self._collection.database.client.start_session() as session:
-            session.with_transaction(
-                attempt, ReadConcern('snapshot'), WriteConcern('majority'), ReadPreference.PRIMARY
-            )  # fmt: skip
+            return bool(
+                session.with_transaction(
+                    attempt, ReadConcern('snapshot'), WriteConcern('majority'), ReadPreference.PRIMARY
+                )
+            )
 
 
 def _key_fields(upsert: Any) -> tuple[str, ...]:
