@@ -36,6 +36,7 @@ CHUNK = 20_000
 QUERY = 100  # messages that cost as much to read as the query for them
 MAX_SLIDES = 1000
 MAX_OPEN_WINDOWS = 10_000
+MAX_ALL_BAD = 1000
 WARN_PAUSE = timedelta(minutes=1)
 
 
@@ -85,6 +86,7 @@ class PlannedWindow(WindowEmitter):
         self._lateness, self._most, self._strict = lateness or 0.0, max_open_windows, overflow == 'error'
         self._due: datetime | None = None
         self._warned = clock.EPOCH
+        self._all_bad: int | None = 0  # how many messages were bad, as long as no other was seen
         given.update(key=key, timestamp=timestamp, lateness=lateness)
         self._described = ', '.join(
             f'{name}={name_of(value) if callable(value) else repr(value)}'
@@ -153,8 +155,13 @@ class PlannedWindow(WindowEmitter):
             try:
                 time, key = self.fields.time(data), self.fields.key(data)
             except BadMessage as exc:
+                self._all_bad = None if self._all_bad is None else self._all_bad + 1
+                if (self._all_bad or 0) >= MAX_ALL_BAD:
+                    raise ArgumentError(f'{exc}, as in all of the first {MAX_ALL_BAD:,} messages of '
+                                        f'{self.stream_name!r}: check the options; the messages stay') from None
                 yield Message(offset, ms, ms, bad=str(exc))
             else:
+                self._all_bad = None
                 yield Message(offset, ms, ms if time is None else time, key)
 
 

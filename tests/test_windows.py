@@ -11,7 +11,7 @@ from servers import eventually
 
 import minibatch as mb
 from minibatch import assign, ledger, store
-from minibatch.errors import TooManyWindowsError
+from minibatch.errors import ArgumentError, TooManyWindowsError
 from minibatch.testing import InlineExecutor
 from minibatch.window import WindowEmitter
 
@@ -411,3 +411,13 @@ def test_a_backlog_is_read_in_chunks_and_windows_come_meanwhile(stream, db, monk
     stream.append_many({'at': at, 'k': at % 7} for at in range(5000))
     assert len(run(stream, timestamp='at', interval=100, key='k')) == 49 * 7
     assert assign.MAX_AHEAD > 5000
+
+
+@pytest.mark.parametrize('options', [{'timestamp': 'tiem'}, {'key': 'usr'}, {'key': lambda data: data['usr']}])
+def test_a_name_that_no_message_has_is_taken_for_wrong_and_no_message_is_given_up(stream, db, options):
+    stream.append_many({'time': n, 'user': n % 7} for n in range(3000))
+    emitter = mb.make_emitter(stream.name, len, stream=stream, interval=10, executor=InlineExecutor, **options)
+    with pytest.raises(ArgumentError, match=r'as in all of the first 1,000 messages'):
+        emitter.run()
+    assert db.dead.count_documents({}) == db.window.count_documents({}) == 0
+    assert stream.groups()[0].lag().messages == 3000
