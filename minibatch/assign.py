@@ -240,7 +240,7 @@ class Waits:
         for message, held in fresh:
             if held:
                 continue
-            ident, time = identity(message.key), min(message.created, now)
+            ident, time = identity(message.key), min(message.created, now + SINCE)
             bucket = self._open.get(ident)
             if bucket is None:
                 bucket = Bucket(message.key, time, time + self._wait, ident=ident)
@@ -311,8 +311,10 @@ class Assigner:
     ) -> None:  # fmt: skip
         self.rule, self.event = rule, event
         self._lateness, self._most, self._strict = lateness, most, strict
-        self.watermark, self._shown = frontier, watermark
+        self.watermark, self._shown, self._marked = frontier, watermark, frontier
         self.parts = 0  # windows that were emitted early
+        self.came_late = 0  # messages
+        self.ahead = 0  # by how much times were in the future, at most
         self._together = max(min(most, MAX_TOGETHER) // 10 // rule.copies, 1)  # they must not be too many by themselves
         self._producers: dict[str, Seen] = {}
         self._order = count()
@@ -366,6 +368,7 @@ class Assigner:
                 seen.high = message.time if seen.high is None else max(message.time, seen.high)
             else:
                 seen.ahead = True
+                self.ahead = max(self.ahead, message.time - now)
             if None not in held:
                 fresh.append((message, held))
                 if len(fresh) == self._together:
@@ -429,7 +432,7 @@ class Assigner:
             idle = [
                 name
                 for name, seen in self._producers.items()
-                if seen.read >= seen.end and now - seen.last > IDLE and self._low(seen) == seen.read
+                if seen.read >= seen.end and now - seen.last > IDLE and seen.low == seen.read
             ]
             for name in idle[: -MANY_PRODUCERS // 2]:
                 del self._producers[name]
@@ -482,6 +485,7 @@ class Assigner:
 
     def late(self, producer: str, offset: int) -> None:
         """All windows of this message are closed."""
+        self.came_late += 1
         if self._late is None:
             self._late = Bucket(late=True, is_open=False)
         self.add(self._late, producer, offset)
@@ -516,8 +520,11 @@ class Assigner:
         taken = [self._due.popleft() for _ in range(min(limit, len(self._due)))]
         for bucket in taken:
             bucket.given = True
-        if taken and not self._due and self.watermark > NEVER:
-            taken[-1].frontier = self.rule.frontier(self.watermark)
+        if taken and self.watermark > NEVER:
+            left = min((bucket.end for bucket in self._due if bucket.end > NEVER), default=self.watermark + 1)
+            frontier = self.rule.frontier(min(self.watermark, left - 1))
+            if frontier >= self._marked:
+                taken[-1].frontier = self._marked = frontier
         return taken
 
     def low(self) -> dict[str, int]:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pymongo
 from pymongo.errors import PyMongoError
@@ -57,11 +58,22 @@ def count_backlog(db: DB, stream: str, enough: int) -> int:
     starts = store.log_starts(db, stream)
     kept = {producer: end for producer, end in ends.items() if producer in starts}
     above = [{producer: max(at.get(producer, 0), starts[producer]) for producer in kept} for at in positions or [{}]]
-    return max(_behind(kept, at) for at in above)
+    done = [_finished(db, stream, group, at) for group, at in zip(groups, above, strict=False)] or [0]
+    return max(_behind(kept, at) - finished for at, finished in zip(above, done, strict=True))
 
 
 def _behind(ends: Mapping[str, int], positions: Mapping[str, int]) -> int:
     return sum(max(end - positions.get(producer, 0), 0) for producer, end in ends.items())
+
+
+def _finished(db: DB, stream: str, group: Mapping[str, Any], positions: Mapping[str, int]) -> int:
+    """How many messages from these positions on are in windows that the group has finished."""
+    reached, count = dict(positions), 0
+    for producer, start, end in sorted(ledger.finished_spans(db, stream, group['group'], int(group['number']))):
+        if producer in reached:
+            count += max(end - max(start, reached[producer]), 0)
+            reached[producer] = max(end, reached[producer])
+    return count
 
 
 class Room:

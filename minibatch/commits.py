@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
 
 from . import ledger
 from .progress import Claim
@@ -21,7 +23,9 @@ class Commits:
 
     def __init__(self, db: DB, epoch: int, wake: Callable[[], None]) -> None:
         self._db, self._epoch, self._wake = db, epoch, wake
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix='minibatch-commit')
+        self._given: SimpleQueue[tuple[Future[None], list[Claim]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name='minibatch-commit', daemon=True)
+        self._thread.start()
         self._waiting: list[Claim] = []
         self._under_way: list[Claim] = []
         self._future: Future[None] | None = None
@@ -54,14 +58,25 @@ class Commits:
     def close(self) -> None:
         """Commit what waits, as far as that goes, and end the thread."""
         if self._waiting:
-            self._pool.submit(self._commit, self._waiting)
-        self._pool.shutdown(wait=True)
+            self._given.put((Future(), self._waiting))
+        self._given.put(None)
+        self._thread.join()
 
     def _go_on(self) -> None:
         if self._future is None and self._waiting:
             self._under_way, self._waiting = self._waiting, []
-            self._future = self._pool.submit(self._commit, self._under_way)
+            self._future = Future()
             self._future.add_done_callback(lambda _: self._wake())
+            self._given.put((self._future, self._under_way))
+
+    def _run(self) -> None:
+        while (given := self._given.get()) is not None:
+            future, claims = given
+            try:
+                self._commit(claims)
+                future.set_result(None)
+            except BaseException as exc:
+                future.set_exception(exc)
 
     def _commit(self, claims: list[Claim]) -> None:
         ids = [claim.id for claim in claims if not claim.committed]

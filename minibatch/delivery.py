@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 RETRY_PAUSES = 0.25, 60.0
 RETRY_GROWTH = 4.0
 MAX_HELD = 500
+SINK_PATIENCE = 3600.0
 MAX_TRACEBACK = 20_000
 MAX_ERROR = 2_000
 
@@ -163,7 +164,8 @@ class Delivery:
             raise
         except Exception as exc:
             logger.debug('sink failed', exc_info=True)
-            outcome.error, outcome.by_function = f'sink: {type(exc).__name__}: {exc}', not _is_matter_of_time(exc)
+            outcome.error = f'sink: {type(exc).__name__}: {exc}'
+            outcome.by_function = not _is_matter_of_time(exc, claim)
             failed[outcome.number] = outcome
             return False
         self._delivered(claim, outcome, committed)
@@ -202,8 +204,8 @@ class Delivery:
         """Make a dead letter of each bad message, and let late ones go where they belong."""
         bad = [claim for claim in claims if claim.bad]
         for claim in bad:
-            logger.error('window %s is a dead letter, of a message without a window: %s', claim.id, claim.bad)
-        self._bury(bad, {claim.number: Outcome(claim.number, error=claim.bad) for claim in bad})
+            logger.error('a message belongs to no window, %s: dead letter %s', claim.bad, claim.id)
+        self._stop_or_bury({claim.number: Outcome(claim.number, error=claim.bad) for claim in bad})
         gone: list[Claim] = []
         failed: dict[int, Outcome] = {}
         for claim in claims:
@@ -214,9 +216,8 @@ class Delivery:
                 except (LeaseLostError, PyMongoError):
                     raise
                 except Exception as exc:
-                    by_function = not isinstance(exc, ServerError)  # a stream that is full is a matter of time
-                    error = f'late: {type(exc).__name__}: {exc}'
-                    failed[claim.number] = Outcome(claim.number, error=error, by_function=by_function)
+                    error, counts = f'late: {type(exc).__name__}: {exc}', not _is_matter_of_time(exc, claim)
+                    failed[claim.number] = Outcome(claim.number, error=error, by_function=counts)
         self._commits.add(gone)
         if failed:
             self._retry(failed)
@@ -229,10 +230,11 @@ class Delivery:
         if not self._lease.valid:
             raise LeaseLostError
         window = load(self._target, emitter.stream_name, Work.of(claim))
-        for message in window.messages:
-            place = {'stream': emitter.stream_name, 'producer': message.producer, 'offset': message.offset}
-            late.append(message.data, {**place, 'time': emitter.time_of(message)})
-        late.flush()
+        late.append_aside(
+            (message.data, {'stream': emitter.stream_name, 'producer': message.producer, 'offset': message.offset,
+                            'time': emitter.time_of(message)})
+            for message in window.messages
+        )  # fmt: skip
 
     # --- commit
 
@@ -315,8 +317,11 @@ def _epitaph(claim: Claim, outcome: Outcome, now: datetime) -> dict[str, Any]:
     return {'error': error, 'traceback': trace, 'failed': now, 'attempts': claim.attempts}
 
 
-def _is_matter_of_time(exc: Exception) -> bool:
-    """Whether a sink failed because it is full, or not reachable, whatever the window is."""
+def _is_matter_of_time(exc: Exception, claim: Claim) -> bool:
+    """Whether a sink failed because it is full, or not reachable. For an hour; then it may be the window after all."""
+    claim.failing_since = claim.failing_since or time.monotonic()
+    if time.monotonic() - claim.failing_since > SINK_PATIENCE:
+        return False
     passing = isinstance(exc, PyMongoError) and connection.is_passing(exc)
     return passing or isinstance(exc, (ServerError, ConnectionError, TimeoutError))
 

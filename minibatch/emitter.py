@@ -72,6 +72,8 @@ class WindowEmitter:
     wakes_on_append = True
     assigns = False
     """Whether messages are read to put them into windows, which then do not follow on each other in the log."""
+    event_time = False
+    """Whether windows are of a time that is in the messages."""
     late: Stream | None = None
     """Where late messages go."""
 

@@ -56,7 +56,7 @@ def _value(name: str, of: Of, data: Any, convert: Callable[[Any], Any]) -> Any:
             raise BadMessage('is None')
         return convert(value)
     except BadMessage as exc:
-        where = '' if callable(of) else f'field {of!r} '
+        where = 'what the function returned ' if callable(of) else f'field {of!r} '
         raise BadMessage(f'{name}: {where}{exc}') from None
     except Exception as exc:  # of a function that was given
         why = f'{name}: {type(exc).__name__}: {exc}'[:MAX_TEXT]
@@ -90,7 +90,8 @@ def time_of(value: Any) -> int:
     else:
         raise BadMessage(f'is no time: {str(value)[:100]!r} ({type(value).__name__})')
     if not FIRST <= time < LAST:
-        raise BadMessage(f'is not between the years 100 and 9900: {str(value)[:100]}')
+        hint = '; these look like milliseconds, and seconds are expected' if FIRST <= time // 1000 < LAST else ''
+        raise BadMessage(f'is not between the years 100 and 9900: {str(value)[:100]}{hint}')
     return time
 
 
@@ -122,9 +123,10 @@ def _part_of(value: Any) -> Any:
 
 
 def identity(key: Any) -> Hashable:
-    """What tells one key from another: 1, 1.0 and True are three."""
+    """What tells one key from another, as MongoDB does: 1 and 1.0 are the same, True is another."""
     if type(key) is str or key is None:
         return key
     if isinstance(key, tuple):
         return tuple(map(identity, key))
-    return type(key), key
+    number = isinstance(key, (int, float)) and not isinstance(key, bool)
+    return float if number else type(key), key

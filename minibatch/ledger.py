@@ -3,14 +3,14 @@
 Collections (see docs/architecture.rst for why):
 
 ``group``     {_id: stream/group, stream, group, lease: {owner, epoch, expires}, fingerprint, keep, picks, number,
-              frontier, watermark, seen, started, sessions, stalled, deleted, reset, windows, messages,
+              event, frontier, watermark, seen, started, sessions, stalled, deleted, reset, windows, messages,
               expired_unprocessed, retried, failed, late}; every window up to ``number`` is finished, and below the
-              positions; ``frontier`` and ``watermark`` are theirs; ``reset`` are positions decided on, not all
-              written yet; ``deleted`` makes it a tombstone
+              positions; ``frontier`` and ``watermark`` are theirs, of the time of messages if ``event``, else of that
+              of creation; ``reset`` are positions decided on, not all written yet; ``deleted`` makes it a tombstone
 ``position``  {_id: stream/group/producer, stream, group, producer, offset, epoch, updated, cleaned}; every message
               of the producer below ``offset`` is finished
 ``window``    {_id: stream/group/number, stream, group, number, spans, n, start, end, key, watermark, frontier, part,
-              late, bad, status, epoch, attempts, error, traceback, failed, tried, picked, created, processed}
+              late, bad, event, status, epoch, attempts, error, traceback, failed, tried, picked, created, processed}
 
               - spans are [producer, from, to, from, to ...), and go on in ``window_spans`` if there are many
               - its status goes from open to processed or failed (a dead letter), from failed to replay when somebody
@@ -401,6 +401,12 @@ def write_progress(
     result = db.group.update_one(mine, update, session=session)
     if result.matched_count == 0:
         raise LeaseLostError
+
+
+def begin_time(db: DB, stream: str, group: str, epoch: int, event: bool) -> None:
+    """The windows of a group are of event time from now on, or no longer: its frontier and watermark mean nothing."""
+    ours = {'_id': group_id(stream, group), 'lease.epoch': epoch}
+    db.group.update_one(ours, {'$set': {'event': event}, '$unset': {'frontier': 1, 'watermark': 1}})
 
 
 # --- retention

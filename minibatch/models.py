@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from itertools import accumulate, chain
 from typing import Any, ClassVar
@@ -36,6 +37,7 @@ MAX_NAME = 200
 MAX_COUNT = 10**9
 MAX_SECONDS = 1e9
 OPEN_TIMEOUT = 30.0
+ASIDE_TIMEOUT = 1.0
 OPEN_PAUSE = 0.2
 
 
@@ -346,6 +348,10 @@ class Stream(_Model):
         if isinstance(items, (dict, str, bytes)) or not hasattr(items, '__iter__'):
             raise ArgumentError(f'append_many takes an iterable of dicts, not {type(items).__name__}; see append')
         return self._producer.append_many(items, self._limits)
+
+    def append_aside(self, messages: Iterable[tuple[Any, Any]]) -> None:
+        """Append messages, each with its meta, for a consumer that has other things to do than to wait for room."""
+        self._producer.append_each(messages, replace(self._limits, timeout=ASIDE_TIMEOUT))
 
     def put(self, messages: Any) -> None:
         """Append the result of a window: a stream is a sink. It is stored when this returns, with a batchsize too.

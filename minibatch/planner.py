@@ -68,6 +68,7 @@ class Planner:
         self._look_at = self._adopt_at = self._replay_at = 0.0
         self._look_pause = LOOK_PAUSES[0]
         self._listening = False
+        self._has_room = True  # for more claims
         self._heard, self._heard_since = 0, 0.0
         self._unbatched: dict[str, int] = {}
         self._ended_well = self._drains = False
@@ -134,9 +135,9 @@ class Planner:
         """Process what is due now, each window once; returns how many were committed."""
         now = self.lease.now()
         self._look(now)
-        self._take_replays()
         tried: set[int] = set()
         while True:
+            self._take_replays()
             planned = self._plan(now)
             self._dispatch(tried)
             under_way = bool(self._in_flight) or self.delivery.commits
@@ -158,7 +159,7 @@ class Planner:
         self._tend_source()
         self._hear()
         now = self.lease.now()
-        due = self.emitter.next_due()
+        due = self._next_due()
         if time.monotonic() >= self._look_at or (due is not None and now >= due):
             self._look(now)  # after `now`: what was stored before a window closes must be seen
         self._take_replays()
@@ -169,7 +170,7 @@ class Planner:
 
     def _rest(self) -> None:
         """Wait for a task to finish, an append, the next window to be due, or the next look at the log."""
-        if self.emitter.picks and self.emitter.overrides('sleep') and not self._in_flight:
+        if self.emitter.picks and self.emitter.overrides('sleep') and not (self._in_flight or self.delivery.commits):
             self.emitter.sleep()
             self._look_at = 0.0
             return
@@ -179,12 +180,15 @@ class Planner:
             self._heard, self._heard_since = 0, time.monotonic()
             self._look_at = 0.0
         until = [self._look_at - time.monotonic(), TICK]
-        due = self.emitter.next_due()
+        due = self._next_due()
         if due is not None:
             until.append((due - self.lease.now()).total_seconds())
         now = time.monotonic()
         until += [claim.not_before - now for claim in self.progress.open.values() if claim.not_before > now]
         self.consumer.wait(max(min(until), 0.001))
+
+    def _next_due(self) -> datetime | None:
+        return self.emitter.next_due() if self._has_room else None
 
     def _tend_source(self) -> None:
         """Start the source; a slow one that was told to end may still be running, so this is asked again."""
@@ -237,9 +241,8 @@ class Planner:
                 positions = self._first_positions(positions)
         ledger.sweep_windows(db, self.name, self.group, number, self.lease.now())
         dead.sweep(db, self.name, self.group, self.emitter.keep)
-        marks = (doc.get(name) and clock.aware(doc[name]) for name in ('frontier', 'watermark'))
         self.progress = Progress.resume(
-            windows, number, following, positions, *marks, follows=not self.emitter.assigns
+            windows, number, following, positions, *self._marks(doc, windows), follows=not self.emitter.assigns
         )
         self.delivery = Delivery(
             self.emitter, self.target, self.lease, self.progress, self.follower, self.consumer.wake
@@ -251,6 +254,17 @@ class Planner:
                     self.emitter.commit(claim.picked, None)
         self.log = LogView(self)
         self.follower.resume(positions, ledger.read_cleaned(db, self.name, self.group))
+
+    def _marks(self, doc: dict[str, Any], windows: list[dict[str, Any]]) -> list[datetime | None]:
+        """The frontier and the watermark, if they are of the time that the windows are of now."""
+        event = self.emitter.event_time
+        for window in windows:
+            if window.get('event', False) != event:
+                window.pop('frontier', None)
+        if doc.get('event', False) != event:
+            ledger.begin_time(self.target.majority, self.name, self.group, self.epoch, event)
+            return [None, None]
+        return [doc.get(name) and clock.aware(doc[name]) for name in ('frontier', 'watermark')]
 
     def _finish_what_was_decided(self, doc: dict[str, Any], number: int) -> None:
         """What the predecessor, or whoever administers the group, has left half done."""
@@ -348,9 +362,10 @@ class Planner:
         new = [claim for claim in self.progress.open.values() if not claim.replay]
         waiting = sum(1 for claim in new if not claim.not_before and claim.number not in busy)
         limit = min(wanted - waiting, MAX_OPEN - len(new))
+        self._has_room = limit > wanted // 2
         if self.emitter.picks:
             plans = self._picked() if not new else []
-        elif limit > wanted // 2:
+        elif self._has_room:
             plans = self.emitter.plan(self.log, now, limit)
         else:
             return False
@@ -400,8 +415,8 @@ class Planner:
             for number, claim in sorted(self.progress.open.items())
             if number not in busy and claim.not_before <= now
         ]
-        if self._set_aside([claim for claim in ready if claim.aside], tried):
-            return True
+        started = self._set_aside([claim for claim in ready if claim.aside], tried)
+        ready = [claim for claim in ready if not claim.aside]
         if self.emitter.ordered:
             ready = self.delivery.in_order(ready, len(self._dispatched))
         suspects = [claim for claim in ready if claim.suspect]
@@ -409,8 +424,7 @@ class Planner:
             self._alone = suspects[0]
             ready = suspects[:1]
         elif suspects or self._alone is not None:
-            return False  # a suspect runs with nothing beside it, so that only the guilty one dies again
-        started = False
+            return started  # a suspect runs with nothing beside it, so that only the guilty one dies again
         while ready and len(self._in_flight) < self.consumer.at_once:
             claims = self._next_task(ready)
             ready = ready[len(claims) :]
@@ -431,13 +445,14 @@ class Planner:
     def _next_task(self, ready: list[Claim]) -> list[Claim]:
         free = self.consumer.at_once - len(self._in_flight)
         count = min(self._windows_per_task, -(-len(ready) // free))  # a share for each that waits for a task
-        claims, messages = [ready[0]], ready[0].n
-        for claim in ready[1:count]:
-            messages += claim.n
-            if messages > TASK_MESSAGES:
-                break
-            claims.append(claim)
-        return claims
+        reach: dict[str, tuple[int, int]] = {}
+        messages = _extend(reach, ready[0])
+        most = max(TASK_MESSAGES, 2 * messages)
+        for i, claim in enumerate(ready[1:count], 1):
+            messages += _extend(reach, claim)
+            if messages > most:
+                return ready[:i]
+        return ready[:count]
 
     @property
     def _windows_per_task(self) -> int:
@@ -513,6 +528,17 @@ class Planner:
             moved = self.progress.moved()
             self.progress.written(moved)
             self.follower.follow(moved, self.progress.number, self.progress.marks, wait)
+
+
+def _extend(reach: dict[str, tuple[int, int]], claim: Claim) -> int:
+    """Let `reach`, what is read of each producer, include a window; returns how many messages that is more."""
+    more = 0
+    for producer, start in claim.starts.items():
+        end = claim.ends[producer]
+        low, high = reach.get(producer, (start, start))
+        reach[producer] = min(low, start), max(high, end)
+        more += max(low - start, 0) + max(end - high, 0)
+    return more
 
 
 class LogView(Log):

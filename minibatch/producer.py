@@ -136,6 +136,15 @@ class Producer:
         if full and (failure := self._write_behind(limits.timeout)):
             raise failure.error(written=0, queued=1)
 
+    def append_each(self, messages: Iterable[tuple[Any, Any]], limits: Limits = UNLIMITED) -> None:
+        """Append messages, each with its meta, as record batches; they are acknowledged when this returns."""
+        pairs, start = [encode_both(data, meta) for data, meta in messages], 0
+        while start < len(pairs):
+            count = self._take_room(min(RECORD_MESSAGES, len(pairs) - start), limits, start)
+            raws, metas = zip(*pairs[start : start + count], strict=True)
+            self._deliver(Entry(list(raws), [clock.now()] * count, list(metas)), limits.timeout, start)
+            start += count
+
     def append_many(self, items: Iterable[Any], limits: Limits = UNLIMITED) -> int:
         """Append messages as record batches; returns how many when all are acknowledged."""
         written = 0
@@ -338,6 +347,8 @@ class Producer:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f'minibatch-append-{self.stream}', daemon=True)
             self._thread.start()
+        else:
+            self._condition.notify_all()  # it may wait for longer than `linger`
 
     def _run(self) -> None:
         """Write record batches that are full, or have waited for `linger`, until there are none for a while."""
@@ -345,13 +356,15 @@ class Producer:
             with self._lock:
                 if self._partial is not None and self._partial_due <= time.monotonic():
                     self._seal_partial()
-                due = [entry for entry in self._unwritten() if not entry.settled]
+                due = [entry for entry in self._unwritten() if entry.stays and not entry.settled]
             try:
                 if due and (failure := self._await(due[-1], TIMEOUT)):
                     raise failure.error(written=0, queued=self._count_unwritten())
             except Exception as exc:
-                for entry in due:
-                    entry.failure = entry.failure or Failure(ServerError, str(exc))
+                with self._lock:
+                    for entry in due:
+                        if not entry.settled:
+                            entry.failure = Failure(ServerError, str(exc))
                 logger.error('messages of %r stay queued until the next append or flush: %s', self.stream, exc)
 
     def _wait_for_due(self) -> bool:

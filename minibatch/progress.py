@@ -17,7 +17,8 @@ from .fields import key_of
 from .store import Doc, Span
 
 TIMES = ('start', 'end', 'watermark', 'frontier')
-MARKS = ('late', 'bad', 'part')
+MAX_UNMARKED = 10_000  # finished windows that are kept because no frontier says that they are closed
+MARKS = ('late', 'bad', 'part', 'event')
 
 
 @dataclass
@@ -33,6 +34,7 @@ class WindowPlan:
     late: bool = False  # its messages came when their windows were closed
     bad: str = ''  # why its message has no window
     part: bool = False  # it was emitted before its end, and may be followed by another part
+    event: bool = False  # its times are those of the messages
     picked: list[Any] = field(default_factory=list)
     query_args: Any = ()
     argument: Any = None
@@ -63,6 +65,7 @@ class Claim(WindowPlan):
     attempts: int = 1
     not_before: float = 0.0
     failures: int = 0
+    failing_since: float = 0.0  # when its sink failed first
     suspect: bool = False  # it was in the hands of a worker that died
     replay: bool = False  # it was a dead letter
     tried: int = 0  # attempts before the replay
@@ -141,6 +144,8 @@ class Progress:
         self._above: dict[str, list[Span]] = {}  # claimed before the start, behind what is not
         self._finished: dict[int, WindowPlan] = {}
         self._written = dict(positions)
+        self._passed = number  # up to it windows are finished, and behind all positions
+        self._ends: list[datetime] = []  # of those above `number`, as far as they are above the frontier, too
 
     @classmethod
     def resume(cls, windows: list[Doc], *place: Any, **options: Any) -> Progress:
@@ -196,13 +201,24 @@ class Progress:
         return {name: time for name, time in both.items() if time is not None}
 
     def _advance(self) -> None:
-        while (done := self._finished.get(self.number + 1)) is not None:
+        while (done := self._finished.get(self._passed + 1)) is not None:
             if not self._follows and any(self._written.get(p, 0) < end for p, end in done.ends.items()):
                 break  # what it holds must be known after a restart
-            self.number += 1
-            del self._finished[self.number]
-            self.frontier = done.frontier or self.frontier
-            self.watermark = max(filter(None, (done.watermark, self.watermark)), default=None)
+            self._passed += 1
+            if done.end is not None and not done.part:
+                self._ends.append(done.end)
+            if done.frontier is not None:
+                self._ends = [end for end in self._ends if end > done.frontier]
+            # That a window is closed must be known, too: by its document, or by a frontier.
+            if self._follows or not self._ends or self._passed - self.number > MAX_UNMARKED:
+                for number in range(self.number + 1, self._passed + 1):
+                    self._settle(number)
+                self._ends = []
+
+    def _settle(self, number: int) -> None:
+        done, self.number = self._finished.pop(number), number
+        self.frontier = done.frontier or self.frontier
+        self.watermark = max(filter(None, (done.watermark, self.watermark)), default=None)
 
     def skip_to(self, producer: str, offset: int) -> int:
         """There is nothing below `offset` any more; returns how many messages that leaves out."""
@@ -226,6 +242,7 @@ class Progress:
     def forget(self, alive: Iterable[str]) -> None:
         """Drop producers that have no messages and no open window."""
         needed = {*alive, *(producer for claim in self._in_turn() for producer in claim.starts)}
+        needed.update(producer for done in self._finished.values() for producer in done.ends)
         done = [p for p, at in self.planned.items() if p not in needed and self._written.get(p) == at]
         for producer in done:
             del self.planned[producer], self._written[producer]

@@ -86,7 +86,7 @@ class PlannedWindow(WindowEmitter):
         self._lateness, self._most, self._strict = lateness or 0.0, max_open_windows, overflow == 'error'
         self._due: datetime | None = None
         self._warned = clock.EPOCH
-        self._all_bad: int | None = 0  # how many messages were bad, as long as no other was seen
+        self._all_bad: int | None = None  # how many messages of a new group were bad, as long as no other was seen
         given.update(key=key, timestamp=timestamp, lateness=lateness)
         self._described = ', '.join(
             f'{name}={name_of(value) if callable(value) else repr(value)}'
@@ -119,27 +119,43 @@ class PlannedWindow(WindowEmitter):
     def _assign(self, log: Log, limit: int) -> list[WindowPlan]:
         """Read on, and plan the windows that are due by what was read and by when the log was looked at."""
         to: Assigner = log.memory.get('assigner') or log.memory.setdefault('assigner', self._assigner(log))
-        now, left, parts = clock.to_ms(log.looked), CHUNK, to.parts
+        now, left = clock.to_ms(log.looked), CHUNK
         to.hear(log.waiting(), now)
         while to.due < limit and left > 0 and (span := to.next_span(left)) is not None:
             to.read(span, self._messages(log, span), now)
             left -= max(span.end - span.start, QUERY)
         to.advance(now)
-        if to.parts > parts and log.looked - self._warned > WARN_PAUSE:
-            self._warned = log.looked
-            logger.warning('%s: %d windows were emitted before their end: more are open than max_open_windows, or one '
-                           'is open for so long that too much was read behind it', self.name, to.parts)  # fmt: skip
-        plans = [_plan_of(bucket, to.rule.timed) for bucket in to.take(limit)]
+        self._warn(to, log.looked)
+        plans = [self._plan_of(bucket, to.rule.timed) for bucket in to.take(limit)]
         log.low, log.more = to.low(), to.due > 0 or to.next_span(1) is not None
         self._due = _time(to.next_end())
         return plans
 
+    def _warn(self, to: Assigner, now: datetime) -> None:
+        """Say, not too often, what its users should know of the windows."""
+        if now - self._warned < WARN_PAUSE or not (to.parts or to.came_late or to.ahead):
+            return
+        self._warned = now
+        if to.parts:
+            logger.warning('%s: %d windows were emitted before their end: more are open than max_open_windows, or one '
+                           'is open for so long that too much was read behind it', self.name, to.parts)  # fmt: skip
+        if to.came_late:
+            what = f'go to stream {self.late.name!r}' if self.late is not None else 'are dropped'
+            logger.warning('%s: %d messages came later than lateness=%g allows, and %s; the watermark is %s', self.name,
+                           to.came_late, self._lateness, what, _time(to.watermark))  # fmt: skip
+        if to.ahead:
+            logger.warning('%s: times of messages are up to %s in the future, where they wait for the clock. Is it '
+                           'local time? Naive datetimes are UTC', self.name, to.ahead * clock.MILLISECOND)  # fmt: skip
+        to.parts = to.came_late = to.ahead = 0
+
     def _assigner(self, log: Log) -> Assigner:
         stored = [
-            Stored(claim.spans, claim.key, None if claim.end is None else clock.to_ms(claim.end), claim.part)
+            Stored(claim.spans, claim.key, self._end_of(claim), claim.part)
             for claim in log.found
         ]
         log.found = []
+        new = log.progress.number == 0 and not stored and log.frontier is None
+        self._all_bad = 0 if new else None
         frontier, watermark = (
             assign.NEVER if time is None else clock.to_ms(time) for time in (log.frontier, log.watermark)
         )
@@ -149,9 +165,22 @@ class PlannedWindow(WindowEmitter):
             stored=stored,
         )  # fmt: skip
 
+    def _end_of(self, claim: WindowPlan) -> int | None:
+        """The end of a window that was claimed, if it is one of the same time."""
+        return None if claim.end is None or claim.event != self.event_time else clock.to_ms(claim.end)
+
+    def _plan_of(self, bucket: assign.Bucket, timed: bool) -> WindowPlan:
+        timed = timed and bucket.end > assign.NEVER
+        return WindowPlan(
+            bucket.spans, _time(bucket.start) if timed else None, _time(bucket.end) if timed else None, bucket.key,
+            _time(bucket.watermark), _time(bucket.frontier), bucket.late, bucket.bad, bucket.part, self.event_time,
+        )  # fmt: skip
+
     def _messages(self, log: Log, span: Span) -> Iterator[Message]:
+        last, ms = None, 0
         for offset, created, data in log.messages(span, self.fields.names):
-            ms = clock.to_ms(created)
+            if created is not last:
+                last, ms = created, clock.to_ms(created)
             try:
                 time, key = self.fields.time(data), self.fields.key(data)
             except BadMessage as exc:
@@ -163,14 +192,6 @@ class PlannedWindow(WindowEmitter):
             else:
                 self._all_bad = None
                 yield Message(offset, ms, ms if time is None else time, key)
-
-
-def _plan_of(bucket: assign.Bucket, timed: bool) -> WindowPlan:
-    timed = timed and bucket.end > assign.NEVER
-    return WindowPlan(
-        bucket.spans, _time(bucket.start) if timed else None, _time(bucket.end) if timed else None, bucket.key,
-        _time(bucket.watermark), _time(bucket.frontier), bucket.late, bucket.bad, bucket.part,
-    )  # fmt: skip
 
 
 def _time(ms: int | None) -> datetime | None:
@@ -342,6 +363,10 @@ class SlidingTimeWindow(RelaxedTimeWindow):
             raise ArgumentError(f'interval must be a multiple of slide, and {interval:g} s is none of {slide:g} s')
         if self._ms() > MAX_SLIDES * self._slide_ms:
             raise ArgumentError(f'interval must be at most {MAX_SLIDES} slides, for a message is in as many windows')
+
+        if self._most is not None and self._ms() > self._most * self._slide_ms:
+            raise ArgumentError(f'max_open_windows={self._most} is too few for one message: it is in interval / slide '
+                                f'= {self._ms() // self._slide_ms} windows')  # fmt: skip
 
     def rule(self) -> Rule:
         return Grid(self._ms(), self._slide_ms)

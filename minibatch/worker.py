@@ -154,16 +154,12 @@ class Task:
     def __call__(self) -> list[Outcome]:
         if self.remote:
             connection.choose(self.default)
-        started = time.perf_counter()
         try:
             spans = [span for work in self.works if not work.replay for span in work.spans]
             found = Records(self.target.majority, self.stream, spans)
         except Exception as exc:
             return [_failure(work, exc, by_function=False) for work in self.works]
-        loading = (time.perf_counter() - started) / len(self.works)
         outcomes = [self._do(work, found) for work in self.works]
-        for outcome in outcomes:
-            outcome.seconds += loading
         if self.remote:
             with suppress(Exception):
                 sys.stdout.flush()

@@ -247,7 +247,7 @@ def test_a_full_batch_is_written_while_the_next_one_is_filled_and_no_third_one_p
             stream.append({'source': 0, 'seq': seq})
         third = threading.Thread(target=stream.append, args=({'source': 0, 'seq': 5},))
         third.start()
-        eventually(lambda: len(stream._producer._queue) == 1)
+        eventually(lambda: len(stream._producer._unwritten()) == 2)
         assert third.is_alive()
     finally:
         failing.resume()

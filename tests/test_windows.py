@@ -421,3 +421,18 @@ def test_a_name_that_no_message_has_is_taken_for_wrong_and_no_message_is_given_u
         emitter.run()
     assert db.dead.count_documents({}) == db.window.count_documents({}) == 0
     assert stream.groups()[0].lag().messages == 3000
+
+
+def test_a_group_that_goes_on_with_another_kind_of_time_drops_nothing_and_makes_no_windows_of_the_past(stream, db):
+    def go_on(items, **options):
+        stream.append_many(events(*items))
+        seen = Seen()
+        with started(emitter_of(stream, sink=seen, **options)):
+            eventually(lambda: any(each['seen'] for each in seen))
+        return [each['seen'] for each in seen]
+
+    go_on([(at, 'x') for at in range(5)], interval=0.1)
+    event = {'interval': 5, 'timestamp': 'time', 'lateness': 10}
+    assert go_on([(at, 'x') for at in (*range(5, 10), 100)], **event) == [list(range(5, 10))]
+    assert len(go_on([(101, 'x')], interval=0.2, relaxed=False)) < 100
+    assert db.group.find_one({'group': 'default'}).get('late', 0) == 0

@@ -3,7 +3,6 @@
 import os
 import pickle
 import threading
-import time
 
 import pytest
 from servers import eventually
@@ -83,13 +82,6 @@ def test_stretches_that_are_far_apart_are_read_one_by_one(target, monkeypatch):
     monkeypatch.setattr(store, 'NEAR', 2)
     outcomes = do(target, values, work(1, ('a', 1, 2), ('a', 4, 5), ('a', 8, 12)), work(2, ('a', 2, 3), ('a', 17, 18)))
     assert [outcome.value for outcome in outcomes] == [[1, 4, 8, 9, 10, 11], [2, 17]]
-
-
-def test_reading_counts_as_time_of_the_windows_so_that_those_over_the_same_records_come_together(target, monkeypatch):
-    real = store.read_records
-    monkeypatch.setattr(store, 'read_records', lambda *args: time.sleep(0.05) or real(*args))
-    outcomes = do(target, values, work(1, ('a', 0, 3)), work(2, ('a', 3, 12)))
-    assert all(outcome.seconds >= 0.025 for outcome in outcomes)
 
 
 @pytest.mark.parametrize('result', [[], 0, '', {}, False])

@@ -18,6 +18,7 @@ from minibatch.errors import ArgumentError, DataError
 
 MAX_DOCUMENTS = 1_000_000
 MAX_WINDOWS = 200  # in one write, or transaction
+MAX_TOGETHER = 10_000  # documents, of several windows
 
 _Write: TypeAlias = 'ReplaceOne[Any] | DeleteMany'
 
@@ -108,7 +109,9 @@ class MongoSink:
 
     def put_many(self, results: Sequence[Any], windows: Sequence[WindowCommit]) -> int:
         """Write the results of many windows at once; returns how many. See `minibatch.abc.BulkSink`."""
-        results, windows = results[:MAX_WINDOWS], windows[:MAX_WINDOWS]
+        sizes = accumulate(len(result) if isinstance(result, (list, tuple)) else 1 for result in results[:MAX_WINDOWS])
+        count = max(sum(1 for size in sizes if size <= MAX_TOGETHER), 1)
+        results, windows = results[:count], windows[:count]
         if self._exactly_once:
             return len(results) if self._write_once(results, windows) else 0
         if self._key:
