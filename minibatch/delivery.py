@@ -16,7 +16,7 @@ from pymongo.errors import PyMongoError
 
 from . import connection, dead, ledger
 from .abc import BulkSink, ExactlyOnceSink, WindowCommit
-from .commits import Commits
+from .beside import Beside
 from .connection import Target
 from .errors import ArgumentError, LeaseLostError, ServerError, WindowFailedError
 from .lease import Lease
@@ -46,7 +46,8 @@ class Delivery:
     ) -> None:  # fmt: skip
         self._emitter, self._target, self._lease = emitter, target, taken
         self._progress, self._follower = progress, follower
-        self._commits = Commits(target.majority, taken.epoch, wake)
+        self._commits = Beside('minibatch-commit', self._commit, wake)
+        self._late = Beside('minibatch-late', self._pass_all_on, wake)
         sink = None if emitter.overrides('forward') else emitter.sink
         self._once = sink if isinstance(sink, ExactlyOnceSink) else None
         self._bulk = sink if isinstance(sink, BulkSink) else None
@@ -58,16 +59,17 @@ class Delivery:
     @property
     def busy(self) -> set[int]:
         """The numbers of the windows whose results wait for others before them, or for their commit."""
-        return self.held.keys() | self._commits.numbers
+        return self.held.keys() | self._commits.numbers | self._late.numbers
 
     @property
     def commits(self) -> bool:
-        """Whether windows are being committed."""
-        return bool(self._commits.numbers)
+        """Whether windows are being committed, or late messages passed on."""
+        return bool(self._commits.numbers or self._late.numbers)
 
     def close(self) -> None:
         """Commit what waits for it; what fails is done again by the next consumer."""
-        self._commits.close()
+        self._late.close(wait=False)
+        self._commits.close(wait=True)
 
     def in_order(self, ready: list[Claim], dispatched: int) -> list[Claim]:
         """Those that may be dispatched: so few results wait for the window before them, and that one always may."""
@@ -82,8 +84,9 @@ class Delivery:
             LeaseLostError: if another consumer has taken over.
             WindowFailedError: if a window has failed for good and the consumer is to stop then.
         """
-        done = self._commits.take_done()
+        done, _ = self._commits.take_done() or ([], None)
         self._committed(done)
+        passed_on = self._settle_late()
         committed: list[Claim] = []
         failed: dict[int, Outcome] = {}
         run: list[tuple[Claim, Outcome]] = []
@@ -103,7 +106,7 @@ class Delivery:
         self._commits.add(committed)
         if failed:
             self._retry(failed)
-        return bool(done or committed or failed)
+        return bool(done or committed or failed) or passed_on
 
     def _next_in_order(self) -> list[tuple[Claim, Outcome]]:
         """Take the results that wait for no window before them off those held."""
@@ -205,22 +208,31 @@ class Delivery:
         bad = [claim for claim in claims if claim.bad]
         for claim in bad:
             logger.error('a message belongs to no window, %s: dead letter %s', claim.bad, claim.id)
+        self._late.add([claim for claim in claims if claim.late])
         self._stop_or_bury({claim.number: Outcome(claim.number, error=claim.bad) for claim in bad})
-        gone: list[Claim] = []
-        failed: dict[int, Outcome] = {}
-        for claim in claims:
-            if claim.late:
-                try:
-                    self._pass_on(claim)
-                    gone.append(claim)
-                except (LeaseLostError, PyMongoError):
-                    raise
-                except Exception as exc:
-                    error, counts = f'late: {type(exc).__name__}: {exc}', not _is_matter_of_time(exc, claim)
-                    failed[claim.number] = Outcome(claim.number, error=error, by_function=counts)
-        self._commits.add(gone)
+
+    def _settle_late(self) -> bool:
+        """Commit the late messages that have been passed on; returns whether there were any."""
+        if (done := self._late.take_done()) is None:
+            return False
+        claims, failed = done
+        self._commits.add([claim for claim in claims if claim.number not in failed])
         if failed:
             self._retry(failed)
+        return True
+
+    def _pass_all_on(self, claims: list[Claim]) -> dict[int, Outcome]:
+        """Append late messages to the stream for them; returns those for which that failed."""
+        failed: dict[int, Outcome] = {}
+        for claim in claims:
+            try:
+                self._pass_on(claim)
+            except (LeaseLostError, PyMongoError):
+                raise
+            except Exception as exc:
+                error, counts = f'late: {type(exc).__name__}: {exc}', not _is_matter_of_time(exc, claim)
+                failed[claim.number] = Outcome(claim.number, error=error, by_function=counts)
+        return failed
 
     def _pass_on(self, claim: Claim) -> None:
         """Append late messages to the stream for them."""
@@ -237,6 +249,11 @@ class Delivery:
         )  # fmt: skip
 
     # --- commit
+
+    def _commit(self, claims: list[Claim]) -> None:
+        ids = [claim.id for claim in claims if not claim.committed]
+        if ids:
+            ledger.commit_windows(self._target.majority, ids, self._lease.epoch)
 
     def _committed(self, claims: list[Claim]) -> None:
         for claim in claims:

@@ -24,7 +24,7 @@ LEVELS = {
     1: {'connection', 'embedded', 'store', 'ledger', 'dead', 'fields', 'marshaller'},
     2: {'backlog', 'lease', 'messages', 'models', 'groups', 'producer'},
     3: {'assign', 'edges', 'emitter', 'kinds', 'progress', 'retention', 'stall', 'wakeup', 'window', 'consumer',
-        'planner', 'delivery', 'commits', 'worker', 'metrics'},
+        'planner', 'delivery', 'beside', 'worker', 'metrics'},
     4: {'api', 'cli', 'demo', 'testing', 'contrib', '', '__main__'},
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from processes import Seen, consumer, started, terminate, windows_seen, write_at
-from servers import eventually
+from servers import Mongod, eventually
 
 import minibatch as mb
 from minibatch import assign, ledger, store
@@ -436,3 +436,41 @@ def test_a_group_that_goes_on_with_another_kind_of_time_drops_nothing_and_makes_
     assert go_on([(at, 'x') for at in (*range(5, 10), 100)], **event) == [list(range(5, 10))]
     assert len(go_on([(101, 'x')], interval=0.2, relaxed=False)) < 100
     assert db.group.find_one({'group': 'default'}).get('late', 0) == 0
+
+
+def test_windows_go_on_while_the_stream_for_late_messages_does_not_answer(stream):
+    with Mongod() as other:
+        late, seen = mb.stream('late', url=other.url('late')), Seen()
+        with started(emitter_of(stream, interval=5, late=late, sink=seen, **EVENT)) as emitter:
+            stream.append_many(events((1, 'x'), (20, 'x')))
+            eventually(lambda: seen)
+            other.pause()
+            try:
+                stream.append_many(events((2, 'x'), (40, 'x')))
+                eventually(lambda: len(seen) == 2)
+                stream.append_many(events((60, 'x')))
+                eventually(lambda: len(seen) == 3)
+            finally:
+                other.resume()
+            eventually(lambda: late.buffer().count())
+            assert [record.data['at'] for record in late.buffer()] == [2]
+            assert emitter.error is None
+
+
+def test_what_is_done_behind_a_window_that_stays_open_is_no_backlog(url):
+    stream, seen = mb.stream('full', url=url, max_backlog=150, timeout=10), Seen()
+    with started(emitter_of(stream, interval=1, sink=seen, **EVENT)):
+        stream.append_many(events((10**10 / 4, 'x')))  # it waits for the clock for long
+        for at in range(5):
+            stream.append_many(events(*((at * 10 + i / 100, 'x') for i in range(50))))
+            eventually(lambda: len(seen) >= at)  # noqa: B023
+
+
+def test_a_flood_of_bad_messages_does_not_stop_a_group_that_has_done_something(stream, db):
+    run(stream, interval=1, **EVENT)
+    stream.append_many(events((1, 'x'), (5, 'x')))
+    assert len(run(stream, interval=1, **EVENT)) == 1
+    stream.append_many([{'at': 0}] * 1001)
+    stream.append_many(events((10, 'x'), (20, 'x')))
+    assert len(run(stream, interval=1, **EVENT)) == 2
+    assert db.group.find_one({'group': 'default'})['failed'] == 1001
