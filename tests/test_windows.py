@@ -334,7 +334,7 @@ def test_messages_that_expired_before_they_were_read_are_counted(stream, db):
 
 @pytest.mark.parametrize('interrupt', [
     ['SIGKILL', 'after', 'claim_windows', 3], ['SIGKILL', 'before', 'commit_windows', 4],
-    ['SIGKILL', 'after', 'commit_windows', 4], ['SIGKILL', 'after', 'write_positions', 2],
+    ['SIGKILL', 'after', 'commit_windows', 4], ['SIGKILL', 'after', 'write_positions', 1],
     ['SIGKILL', 'before', 'delete_windows', 1],
 ])  # fmt: skip
 def test_windows_of_event_time_by_key_are_exact_when_the_consumer_is_killed(url, db, stream, interrupt):
