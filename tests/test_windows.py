@@ -333,8 +333,8 @@ def test_messages_that_expired_before_they_were_read_are_counted(stream, db):
 
 
 @pytest.mark.parametrize('interrupt', [
-    ['SIGKILL', 'after', 'claim_windows', 3], ['SIGKILL', 'before', 'commit_windows', 4],
-    ['SIGKILL', 'after', 'commit_windows', 4], ['SIGKILL', 'after', 'write_positions', 1],
+    ['SIGKILL', 'after', 'claim_windows', 2], ['SIGKILL', 'before', 'commit_windows', 2],
+    ['SIGKILL', 'after', 'commit_windows', 2], ['SIGKILL', 'after', 'write_positions', 1],
     ['SIGKILL', 'before', 'delete_windows', 1],
 ])  # fmt: skip
 def test_windows_of_event_time_by_key_are_exact_when_the_consumer_is_killed(url, db, stream, interrupt):
@@ -346,6 +346,8 @@ def test_windows_of_event_time_by_key_are_exact_when_the_consumer_is_killed(url,
                 expected[source, start] = seqs
     with consumer(url, 'test', interrupt=interrupt, **options) as process:
         for at in range(0, 300, 6):
+            if at == 150:
+                eventually(lambda: windows_seen(db) or process.poll() is not None)
             stream.append_many(message(seq) for seq in mixed(at))
         eventually(lambda: process.poll() is not None)
     with consumer(url, 'test', **options) as process:
