@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,7 @@ DEFAULT_ALIAS = 'minibatch'
 URL_VARIABLES = ('MINIBATCH_MONGO_URL', 'MONGO_URL')
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 1.0
+NO_SESSIONS = 'Sessions are not supported'
 SOCKET_TIMEOUT_MS = 120_000
 MAJORITY = WriteConcern('majority')
 # pymongo does not call all of them a lost connection, and none of them if they stand in the reply to a bulk write.
@@ -299,11 +300,23 @@ def is_passing(exc: PyMongoError) -> bool:
     if isinstance(exc, BulkWriteError):
         errors = exc.details.get('writeErrors') or ()
         return bool(exc.details.get('writeConcernErrors')) or any(e['code'] in PASSING_CODES for e in errors)
-    if isinstance(exc, ConfigurationError):  # a member that has just started does not know yet whether it has sessions
-        return 'Sessions are not supported' in str(exc)
+    if isinstance(exc, ConfigurationError):
+        return NO_SESSIONS in str(exc)
     code = exc.code if isinstance(exc, OperationFailure) else None
     labelled = exc.timeout or exc.has_error_label('RetryableWriteError')
     return labelled or isinstance(exc, (AutoReconnect, WriteConcernError)) or code in PASSING_CODES
+
+
+def heal(client: MongoClient[Any], exc: BaseException) -> None:
+    """After an error which says that there are no sessions, close the connections of a client.
+
+    One that was made while the server was starting believes so for ever, and is used again and again. What closes
+    connections is not public; without it the error stays.
+    """
+    if isinstance(exc, ConfigurationError) and NO_SESSIONS in str(exc):
+        with suppress(AttributeError):
+            for server in list(client._topology._servers.values()):
+                server.pool.reset()
 
 
 def _connect(url: str, options: dict[str, Any]) -> MongoClient[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymongo.errors import PyMongoError
 
-from . import lease, ledger
+from . import connection, lease, ledger
 from .abc import Executor
 from .connection import is_passing
 from .errors import GroupConflictError, LeaseLostError
@@ -85,6 +85,7 @@ class Consumer:
                     if not is_passing(exc):
                         raise
                     logger.warning('%s: trying again after: %s', self, exc)
+                    connection.heal(self.emitter.stream.target.client, exc)
                     self.wait(CONNECTION_PAUSE)
 
     def should_stop(self) -> bool:

@@ -170,6 +170,7 @@ class Task:
         try:
             window = _window(self.target, self.stream, work, found)
         except Exception as exc:
+            connection.heal(self.target.client, exc)
             return _failure(work, exc, by_function=False)
         if window.missing and not len(window):
             if work.replay:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from pymongo.errors import ConfigurationError
 
 from minibatch import connection
 from minibatch.connection import Target, authenticated_url, connectdb, masked, target
@@ -105,3 +106,17 @@ def test_a_process_that_leaves_quickly_does_not_wait_for_the_threads_of_pymongo(
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+
+
+def test_a_connection_that_was_made_while_the_server_started_does_not_say_for_ever_that_there_are_no_sessions(url):
+    client = target(url).client
+    client.admin.command('ping')
+    for server in client._topology._servers.values():
+        for poisoned in server.pool.conns:
+            poisoned.supports_sessions = False
+    with client.start_session() as session, pytest.raises(ConfigurationError) as caught:
+        client.test.stream.find_one(session=session)
+    assert connection.is_passing(caught.value)
+    connection.heal(client, caught.value)
+    with client.start_session() as session:
+        assert client.test.stream.find_one(session=session) is None
