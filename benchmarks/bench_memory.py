@@ -6,7 +6,6 @@ reached, by the design: 150 MB in the parent, and flat.
 """
 
 import threading
-from itertools import count
 
 import psutil
 from common import Case, Totals, consuming, fill, in_process, summed
@@ -36,10 +35,10 @@ def drain(place, name, number, size):
     me, totals, samples, over = psutil.Process(), Totals(number), [], threading.Event()
 
     def watch():
-        for _ in count():
+        last = False
+        while not last:
+            last = over.wait(SAMPLE if samples else 0)
             samples.append((totals.messages, *sizes(me)))
-            if over.wait(SAMPLE):
-                return
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
