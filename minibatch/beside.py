@@ -30,6 +30,10 @@ class Beside(Generic[T]):
         self._given: SimpleQueue[tuple[Future[T], list[Claim]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
+    def __bool__(self) -> bool:
+        """Whether it has windows that were not taken yet."""
+        return bool(self._under_way or self._waiting)
+
     @property
     def numbers(self) -> set[int]:
         """The numbers of the windows that it has, and that were not taken yet."""

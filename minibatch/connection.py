@@ -41,7 +41,6 @@ DEFAULT_ALIAS = 'minibatch'
 URL_VARIABLES = ('MINIBATCH_MONGO_URL', 'MONGO_URL')
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 1.0
-NO_SESSIONS = 'Sessions are not supported'
 SOCKET_TIMEOUT_MS = 120_000
 MAJORITY = WriteConcern('majority')
 # pymongo does not call all of them a lost connection, and none of them if they stand in the reply to a bulk write.
@@ -300,8 +299,8 @@ def is_passing(exc: PyMongoError) -> bool:
     if isinstance(exc, BulkWriteError):
         errors = exc.details.get('writeErrors') or ()
         return bool(exc.details.get('writeConcernErrors')) or any(e['code'] in PASSING_CODES for e in errors)
-    if isinstance(exc, ConfigurationError):
-        return NO_SESSIONS in str(exc)
+    if _says_no_sessions(exc):
+        return True
     code = exc.code if isinstance(exc, OperationFailure) else None
     labelled = exc.timeout or exc.has_error_label('RetryableWriteError')
     return labelled or isinstance(exc, (AutoReconnect, WriteConcernError)) or code in PASSING_CODES
@@ -313,10 +312,14 @@ def heal(client: MongoClient[Any], exc: BaseException) -> None:
     One that was made while the server was starting believes so for ever, and is used again and again. What closes
     connections is not public; without it the error stays.
     """
-    if isinstance(exc, ConfigurationError) and NO_SESSIONS in str(exc):
+    if _says_no_sessions(exc):
         with suppress(AttributeError):
             for server in list(client._topology._servers.values()):
                 server.pool.reset()
+
+
+def _says_no_sessions(exc: BaseException) -> bool:
+    return isinstance(exc, ConfigurationError) and 'Sessions are not supported' in str(exc)
 
 
 def _connect(url: str, options: dict[str, Any]) -> MongoClient[dict[str, Any]]:

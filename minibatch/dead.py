@@ -146,9 +146,12 @@ def drop(db: DB, ids: list[str], windows: bool = True) -> None:
     for id_ in ids:
         db.dead.delete_many(_copies(id_))
     db.window.update_many({'_id': {'$in': ids}}, {'$unset': {'failed': 1, 'tried': 1, 'error': 1, 'traceback': 1}})
+    numbers: dict[tuple[str, str], int] = {}
     for doc in db.window.find({'_id': {'$in': ids}}, {'stream': 1, 'group': 1, 'number': 1}) if windows else ():
-        group = ledger.find_group(db, doc['stream'], doc['group']) or doc
-        if doc['number'] <= group['number']:
+        place = doc['stream'], doc['group']
+        if place not in numbers:
+            numbers[place] = (ledger.find_group(db, *place) or doc)['number']
+        if doc['number'] <= numbers[place]:
             db.window_spans.delete_many(_copies(doc['_id']))
             db.window.delete_one({'_id': doc['_id']})
 

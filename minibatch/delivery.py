@@ -62,9 +62,9 @@ class Delivery:
         return self.held.keys() | self._commits.numbers | self._late.numbers
 
     @property
-    def commits(self) -> bool:
+    def under_way(self) -> bool:
         """Whether windows are being committed, or late messages passed on."""
-        return bool(self._commits.numbers or self._late.numbers)
+        return bool(self._commits or self._late)
 
     def close(self) -> None:
         """Commit what waits for it; what fails is done again by the next consumer."""

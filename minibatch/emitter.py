@@ -14,7 +14,7 @@ from . import clock, store
 from .consumer import Consumer
 from .errors import ArgumentError
 from .messages import Message
-from .models import Buffer, Stream, Window, check_name, check_options
+from .models import Buffer, Stream, Window, check_choice, check_name, check_options
 from .progress import Log, WindowPlan
 from .store import Span
 
@@ -310,11 +310,6 @@ class WindowEmitter:
 
     def sleep(self) -> None:
         self._consumer.wait()
-
-
-def check_choice(name: str, value: Any, *choices: str) -> None:
-    if value not in choices:
-        raise ArgumentError(f'{name} must be {" or ".join(map(repr, choices))}, not {value!r}')
 
 
 def spans_of(objs: Sequence[Buffer]) -> list[Span]:

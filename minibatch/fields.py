@@ -105,6 +105,11 @@ def key_of(value: Any) -> Any:
     return key
 
 
+def stored_key(value: Any) -> Any:
+    """The key that a document has, None if it has none."""
+    return None if value is None else key_of(value)
+
+
 def _part_of(value: Any) -> Any:
     if isinstance(value, str):
         if len(value) > MAX_KEY:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from . import clock, dead, lease, ledger, store
 from .connection import Target
 from .errors import ArgumentError, GroupBusyError, LeaseLostError
-from .fields import key_of
+from .fields import stored_key
 from .lease import Lease
 from .messages import Message, MessageWindow, window_of
 from .store import Span
@@ -75,14 +75,12 @@ class Group:
         db = self._target.majority
         doc = _find(self._target, self.stream, self.name)
         # In this order: what is finished meanwhile is counted as waiting rather than not at all.
-        finished: dict[str, list[Span]] = {}
-        for span in ledger.finished_spans(db, self.stream, self.name, int(doc['number'])):
-            finished.setdefault(span.producer, []).append(span)
+        finished = ledger.finished_spans(db, self.stream, self.name, int(doc['number']))
         positions = ledger.read_positions(db, self.stream, self.name)
         messages, oldest = 0, clock.aware(doc['now'])
         for producer, end in store.log_ends(db, self.stream).items():
             ahead = Span(producer, positions.get(producer, 0), end)
-            count, since = self._waiting(list(_gaps(ahead, finished.get(producer, ()))))
+            count, since = self._waiting(list(store.gaps(ahead, finished.get(producer, ()))))
             messages += count
             oldest = min(oldest, since or oldest)
         return Lag(messages, (clock.aware(doc['now']) - oldest).total_seconds())
@@ -356,7 +354,7 @@ def _dead_letters(target: Target, docs: list[dict[str, Any]]) -> DeadLetters:
             failed=clock.aware(doc['failed']),
             start=_time(doc.get('start')),
             end=_time(doc.get('end')),
-            key=None if doc.get('key') is None else key_of(doc['key']),
+            key=stored_key(doc.get('key')),
             waiting=doc['status'] == 'replay',
             _target=target,
         )
@@ -367,16 +365,6 @@ def _dead_letters(target: Target, docs: list[dict[str, Any]]) -> DeadLetters:
 
 def _time(stored: datetime | None) -> datetime | None:
     return None if stored is None else clock.aware(stored)
-
-
-def _gaps(span: Span, finished: Iterable[Span]) -> Iterator[Span]:
-    """What is left of a span without those that are finished."""
-    for done in sorted(finished):
-        if span.start < min(done.start, span.end):
-            yield span._replace(end=min(done.start, span.end))
-        span = span._replace(start=max(span.start, done.end))
-    if span.start < span.end:
-        yield span
 
 
 def _no_group(target: Target, stream: str, name: str) -> ArgumentError:

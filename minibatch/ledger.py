@@ -24,7 +24,7 @@ take its `epoch`, and change nothing once another consumer has taken over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
@@ -464,11 +464,14 @@ def groups_now(db: DB, stream: str | None = None, group: str | None = None) -> l
     return list(db.group.aggregate([{'$match': live}, {'$sort': {'_id': 1}}, {'$set': {'now': '$$NOW'}}]))
 
 
-def finished_spans(db: DB, stream: str, group: str, number: int) -> Iterator[Span]:
-    """The spans of the windows after `number` that are finished already."""
+def finished_spans(db: DB, stream: str, group: str, number: int) -> dict[str, list[Span]]:
+    """The spans of the windows after `number` that are finished already, by producer."""
     finished = {**_windows(stream, group, number + 1), 'status': {'$nin': ['open', 'void']}}
+    spans: dict[str, list[Span]] = {}
     for doc in db.window.find(finished, {'spans': 1, 'parts': 1}):
-        yield from all_spans(db, doc)
+        for span in all_spans(db, doc):
+            spans.setdefault(span.producer, []).append(span)
+    return spans
 
 
 def offsets_at(db: DB, stream: str, to: str | datetime) -> dict[str, int]:

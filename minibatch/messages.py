@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from . import clock, store
-from .fields import key_of
+from .fields import stored_key
 from .store import Span
 
 
@@ -102,10 +102,9 @@ class MessageWindow:
 def window_of(doc: dict[str, Any], stream: str, records: list[tuple[Span, list[dict[str, Any]]]]) -> MessageWindow:
     """The window that a window document says, with these records for its spans."""
     start, end, watermark = (doc.get(name) and clock.aware(doc[name]) for name in ('start', 'end', 'watermark'))
-    key = None if doc.get('key') is None else key_of(doc['key'])
     return MessageWindow(
         doc['_id'], stream, doc['number'], clock.aware(doc['created']), start, end, int(doc.get('attempts') or 1),
-        records, bool(doc.get('picked')), key, watermark,
+        records, bool(doc.get('picked')), stored_key(doc.get('key')), watermark,
     )  # fmt: skip
 
 

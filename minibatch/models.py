@@ -235,8 +235,7 @@ class Stream(_Model):
         check_name('the name of a stream', name)
         check_options({**given, **own})
         if on_full is not None:
-            if on_full not in ('block', 'raise'):
-                raise ArgumentError(f"on_full must be 'block' or 'raise', not {on_full!r}")
+            check_choice('on_full', on_full, 'block', 'raise')
             given['on_full'] = on_full
         return cls._open(name, target(url, **(cnx_kwargs or {})), given, **own)
 
@@ -566,6 +565,12 @@ def check_name(what: str, name: Any, forbidden: str = '\0') -> None:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def check_choice(name: str, value: Any, *choices: str) -> None:
+    """Raise `ArgumentError`, naming the option, unless the value is one of the choices."""
+    if value not in choices:
+        raise ArgumentError(f'{name} must be {" or ".join(map(repr, choices))}, not {value!r}')
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -123,7 +123,7 @@ class Planner:
             if not self._turn():
                 self._rest()
         deadline = time.monotonic() + STOP_TIMEOUT
-        while (self._in_flight or self.delivery.commits) and time.monotonic() < deadline:
+        while (self._in_flight or self.delivery.under_way) and time.monotonic() < deadline:
             self.consumer.wait(TICK)
             self._collect()
         if self._in_flight:
@@ -140,7 +140,7 @@ class Planner:
             self._take_replays()
             planned = self._plan(now)
             self._dispatch(tried)
-            under_way = bool(self._in_flight) or self.delivery.commits
+            under_way = bool(self._in_flight) or self.delivery.under_way
             if not (planned or under_way or self._collect()):  # else results that were held are delivered now
                 break
             self.consumer.wait(TICK if under_way else 0)
@@ -170,7 +170,7 @@ class Planner:
 
     def _rest(self) -> None:
         """Wait for a task to finish, an append, the next window to be due, or the next look at the log."""
-        if self.emitter.picks and self.emitter.overrides('sleep') and not (self._in_flight or self.delivery.commits):
+        if self.emitter.picks and self.emitter.overrides('sleep') and not (self._in_flight or self.delivery.under_way):
             self.emitter.sleep()
             self._look_at = 0.0
             return

@@ -138,25 +138,28 @@ class Producer:
 
     def append_each(self, messages: Iterable[tuple[Any, Any]], limits: Limits = UNLIMITED) -> None:
         """Append messages, each with its meta, as record batches; they are acknowledged when this returns."""
-        pairs, start = [encode_both(data, meta) for data, meta in messages], 0
-        while start < len(pairs):
-            count = self._take_room(min(RECORD_MESSAGES, len(pairs) - start), limits, start)
-            raws, metas = zip(*pairs[start : start + count], strict=True)
-            self._deliver(Entry(list(raws), [clock.now()] * count, list(metas)), limits.timeout, start)
-            start += count
+        pairs = [encode_both(data, meta) for data, meta in messages]
+        self._append_all([raw for raw, _ in pairs], [frozen for _, frozen in pairs], limits, written=0)
 
     def append_many(self, items: Iterable[Any], limits: Limits = UNLIMITED) -> int:
         """Append messages as record batches; returns how many when all are acknowledged."""
         written = 0
         for datas in _checked(items):
-            start = 0
-            while start < len(datas):
-                wanted = len(datas) if limits.max_backlog is None else min(RECORD_MESSAGES, len(datas) - start)
-                part = datas[start : start + self._take_room(wanted, limits, written)]
-                entry = Entry(part, [clock.now()] * len(part), [None] * len(part))
-                self._deliver(entry, limits.timeout, written)
-                start, written = start + len(part), written + len(part)
+            self._append_all(datas, [None] * len(datas), limits, written)
+            written += len(datas)
         return written
+
+    def _append_all(
+        self, datas: list[bytes], meta: list[RawBSONDocument | None], limits: Limits, written: int
+    ) -> None:
+        """Append encoded messages as there is room for them; `written` of the same call are stored."""
+        start = 0
+        while start < len(datas):
+            wanted = len(datas) if limits.max_backlog is None else min(RECORD_MESSAGES, len(datas) - start)
+            end = start + self._take_room(wanted, limits, written + start)
+            part = datas[start:end]
+            self._deliver(Entry(part, [clock.now()] * len(part), meta[start:end]), limits.timeout, written + start)
+            start = end
 
     def flush(self, timeout: float = TIMEOUT) -> None:
         """Write all that is queued, and return when it is acknowledged."""

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from . import clock, ledger
-from .fields import key_of
+from .fields import stored_key
 from .store import Doc, Span
 
 TIMES = ('start', 'end', 'watermark', 'frontier')
@@ -88,9 +88,8 @@ class Claim(WindowPlan):
         """The claim that a window document, with all its spans, says."""
         values: dict[str, Any] = {name: clock.aware(doc[name]) for name in TIMES if doc.get(name)}
         values.update((name, doc[name]) for name in MARKS if name in doc)
-        key = None if doc.get('key') is None else key_of(doc['key'])
         return cls(
-            doc['spans'], **values, key=key, id=doc['_id'], number=doc['number'],
+            doc['spans'], **values, key=stored_key(doc.get('key')), id=doc['_id'], number=doc['number'],
             created=clock.aware(doc['created']), attempts=int(doc.get('attempts', 1)),
             replay=doc['status'] == 'replay', tried=int(doc.get('tried', 0)),
         )  # fmt: skip

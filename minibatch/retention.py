@@ -194,10 +194,11 @@ class Follower:
         if time.monotonic() - self._pruned < PRUNE_PAUSE:
             return
         self._pruned = time.monotonic()
-        db, alive = self._target.majority, store.log_ends(self._target.majority, self._stream)
+        db = self._target.majority
+        alive = store.log_ends(db, self._stream)
         finished = ledger.finished_spans(db, self._stream, self._group, self._written_number)
-        alive.update((span.producer, span.end) for span in finished if span.producer not in alive)
-        ledger.prune_positions(self._target.majority, self._stream, self._group, alive, self._now())
+        alive = {**{producer: spans[0].end for producer, spans in finished.items()}, **alive}
+        ledger.prune_positions(db, self._stream, self._group, alive, self._now())
         self._positions = {producer: at for producer, at in self._positions.items() if producer in alive}
         # What a repeated insert has brought back behind us is found from the start again.
         self._cleaned = {p: at for p, at in self._cleaned.items() if p in alive and (self._keep or at < alive[p])}

@@ -392,6 +392,16 @@ def trim(span: Span, records: Iterable[Doc]) -> Iterator[tuple[Doc, int, int]]:
             next_offset = offset + end
 
 
+def gaps(span: Span, finished: Iterable[Span]) -> Iterator[Span]:
+    """What is left of a span without those that are finished."""
+    for done in sorted(finished):
+        if span.start < min(done.start, span.end):
+            yield span._replace(end=min(done.start, span.end))
+        span = span._replace(start=max(span.start, done.end))
+    if span.start < span.end:
+        yield span
+
+
 def _log_range(stream: str, span: Span) -> Doc:
     return {'stream': stream, 'producer': span.producer, 'offset': {'$gte': span.start, '$lt': span.end}}
 

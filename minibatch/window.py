@@ -17,11 +17,11 @@ from typing import Any
 
 from . import assign, clock, edges, kinds, messages
 from .assign import Assigner, Grid, Message, Rule, Sessions, Stored, Waits
-from .emitter import WindowEmitter, check_choice
+from .emitter import WindowEmitter
 from .errors import ArgumentError
 from .fields import BadMessage, Fields
 from .marshaller import name_of
-from .models import Stream, check_options
+from .models import Stream, check_choice, check_options
 from .progress import Log, WindowPlan
 from .store import Span
 

@@ -142,18 +142,17 @@ class MongoSink:
     def _write_once(self, results: Sequence[Any], windows: Sequence[WindowCommit]) -> bool:
         """Write the results of windows; False if they must be given one by one, and nothing is written."""
         joins = windows[0].joins(self._collection.database.client)
-        writes: list[tuple[WindowCommit, list[_Write]]] = []
+        writes: list[_Write] = []
         for result, window in zip(results, windows, strict=True):
             docs = _documents(result)
             generated = 0 if self._key else _number(docs, window.id)
-            writes.append((window, [*_replacements(docs, self._key or ('_id',))]))
+            writes += _replacements(docs, self._key or ('_id',))
             if not joins and not self._key:
-                writes[-1][1].append(DeleteMany(_numbered_from(generated, window.id)))
-        every = [write for _, some in writes for write in some]
-        if every and joins:
-            return self._commit(windows, every)
-        if every:
-            self._collection.bulk_write(every)
+                writes.append(DeleteMany(_numbered_from(generated, window.id)))
+        if writes and joins:
+            return self._commit(windows, writes)
+        if writes:
+            self._collection.bulk_write(writes)
         return True
 
     def _commit(self, windows: Sequence[WindowCommit], writes: list[_Write]) -> bool:
