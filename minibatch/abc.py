@@ -1,13 +1,13 @@
 """The contracts of what can be attached to minibatch: sources, sinks and executors.
 
 Nothing here behaves; each contract is described once, and every adapter keeps it. They are protocols, so a class
-of yours needs no base class, only the methods.
+of yours needs no base class, only the methods. `minibatch.contracts` has tests of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from pymongo import MongoClient
@@ -16,19 +16,41 @@ if TYPE_CHECKING:
     from .models import Stream
 
 
+class SourceMessage(NamedTuple):
+    """A message as a source hands it to a `minibatch.named.NamedProducer`.
+
+    Attributes:
+        data: the message, a mapping of what MongoDB can store. With an `error` whatever the source has of it.
+        meta: something about it, such as its headers; given to the function in ``window.messages``.
+        token: where the source goes on after this message, of what MongoDB can store, but None.
+        error: why the message could not be decoded; it then goes to the dead-letter stream.
+    """
+
+    data: Any
+    meta: Any = None
+    token: Any = None
+    error: str = ''
+
+
 @runtime_checkable
 class Source(Protocol):
     """Brings messages from an outside system into a stream.
 
     ``stream`` runs in a thread of its own. It appends until the outside system ends or `cancel` is called, and
-    must not tell the outside system that a message was taken before the append (or flush) has returned.
+    must not tell the outside system that a message was taken before the append (or flush) has returned. What it
+    raises is logged, and it is called again, after a pause that grows from 1 to 60 seconds. It may also be called
+    again after a `cancel`. A source whose outside system can be read again from some position appends through
+    ``stream.producer(name)``, which stores the position with the messages.
     """
 
     def stream(self, stream: Stream) -> None:
         """Append the messages of the outside system to `stream` until there are no more, or `cancel` is called."""
 
     def cancel(self) -> None:
-        """Make `stream` return soon. Called from another thread, and possibly more than once."""
+        """Make `stream` return soon.
+
+        Called from another thread, and again until `stream` has returned; the first time maybe before it began.
+        """
 
 
 @runtime_checkable

@@ -8,6 +8,8 @@
     ├── DataError                (ValueError)
     ├── WindowFailedError
     ├── TooManyWindowsError
+    ├── OvertakenError
+    ├── CancelledError
     ├── ServerError              (ConnectionError)
     │   ├── UnreachableError
     │   ├── EmbeddedServerError
@@ -55,6 +57,14 @@ class WindowFailedError(MinibatchError):
 
 class TooManyWindowsError(MinibatchError):
     """More windows are open than max_open_windows, and overflow='error' ends the consumer."""
+
+
+class OvertakenError(MinibatchError):
+    """Another process appends under the same producer name; go on from the token, which says how far it is."""
+
+
+class CancelledError(MinibatchError):
+    """The source was cancelled while it waited to append; what is not stored is to be read again."""
 
 
 class ServerError(MinibatchError, ConnectionError):

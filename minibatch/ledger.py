@@ -334,6 +334,12 @@ def read_positions(db: DB, stream: str, group: str, session: ClientSession | Non
     return {doc['producer']: int(doc['offset']) for doc in found}
 
 
+def furthest_position(db: DB, stream: str, producer: str, session: ClientSession | None = None) -> int:
+    """The furthest position of any group in the log of a producer."""
+    found = db.position.find({**id_prefix(f'{stream}/'), 'stream': stream, 'producer': producer}, session=session)
+    return max((int(doc['offset']) for doc in found), default=0)
+
+
 def write_positions(db: DB, stream: str, group: str, epoch: int, moved: dict[str, int]) -> None:
     """Write the positions that have moved.
 
@@ -381,8 +387,9 @@ def write_cleaned(db: DB, stream: str, group: str, cleaned: dict[str, int]) -> N
 
 
 def prune_positions(db: DB, stream: str, group: str, alive: Iterable[str], now: datetime) -> None:
-    """Forget the positions of producers that have no records and were idle for a day."""
-    idle = {'updated': {'$lt': now - IDLE_POSITION_KEPT}, 'producer': {'$nin': list(alive)}}
+    """Forget the positions of producers that have no records, no name, and were idle for a day."""
+    unnamed = {'$nin': list(alive), '$not': {'$regex': f'^{store.NAMED}'}}
+    idle = {'updated': {'$lt': now - IDLE_POSITION_KEPT}, 'producer': unnamed}
     db.position.delete_many({**id_prefix(f'{stream}/{group}/'), 'stream': stream, 'group': group, **idle})
 
 

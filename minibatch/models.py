@@ -24,11 +24,13 @@ from pymongo.errors import PyMongoError
 
 from . import clock, dead, groups, ledger, messages, store
 from .abc import Source, WindowCommit
+from .attached import Attached
 from .backlog import TIMEOUT, Limits
 from .connection import Target, current, current_stream, is_passing, target
 from .errors import ArgumentError, DataError, ServerError
 from .groups import DeadLetters, Group
 from .messages import MessageWindow
+from .named import NamedProducer
 from .producer import Producer, producer_of
 
 logger = logging.getLogger(__name__)
@@ -280,10 +282,7 @@ class Stream(_Model):
         return stream
 
     _known_producer: Producer | None = None
-    _source: Source | None = None
-    _source_thread: threading.Thread | None = None
-    _source_ended = False
-    _cancelled = False
+    _attached: Attached | None = None
     _target: Target | None = None
     _batchsize: int = 1
     _linger: float = 1.0
@@ -304,7 +303,7 @@ class Stream(_Model):
     @property
     def source(self) -> Source | None:
         """What `attach` attached."""
-        return self._source
+        return self._attached.source if self._attached is not None else None
 
     def append(self, data: dict[str, Any], meta: Any = None) -> None:
         """Append a message; with a batchsize of 1 (the default) it is stored when this returns.
@@ -403,43 +402,45 @@ class Stream(_Model):
     def attach(self, source: Source, background: bool = True) -> None:
         """Let a source append to this stream, in a thread, or with ``background=False`` in this call.
 
+        In the thread a source that fails is logged and started again, after 1 to 60 seconds.
+
         Raises:
             ArgumentError: if it is not a source, or another one is attached.
         """
         if not isinstance(source, Source):
             raise ArgumentError(f'source must have the methods stream and cancel; {type(source).__name__} has not')
-        if self._source_thread is not None and self._source_thread.is_alive():
+        if self._attached is not None and self._attached.running:
             raise ArgumentError(f'stream {self.name!r} has a source already; stop() it first')
-        self._source, self._source_ended, self._cancelled = source, False, False
-        if not background:
-            source.stream(self)
-            self.flush()
-            return
-        name = f'minibatch-source-{self.name}'
-        self._source_thread = threading.Thread(target=self._run_source, args=(source,), name=name, daemon=True)
-        self._source_thread.start()
-
-    def _run_source(self, source: Source) -> None:
-        try:
-            source.stream(self)
-            self.flush()
-            self._source_ended = not self._cancelled
-        except Exception:
-            logger.exception('the source of stream %r failed', self.name)
-            self._source_ended = True
+        self._attached = Attached(self, source)
+        if background:
+            self._attached.start()
+        else:
+            self._attached.run()
 
     def wants_source(self, source: Source) -> bool:
         """Whether `source` does not run here, but should: it has not come to its end by itself."""
-        running = self._source_thread is not None and self._source_thread.is_alive()
-        return not running and not (self._source is source and self._source_ended)
+        attached = self._attached
+        return attached is None or not (attached.running or (attached.source is source and attached.ended))
+
+    def producer(self, name: str | None = None) -> NamedProducer:
+        """What a source appends through, see `minibatch.named.NamedProducer`; for one thread.
+
+        Args:
+            name: names what the source reads, such as ``'kafka/<cluster>/<topic>/<partition>'``; the producer then goes
+                on where the last one of this name was. Without a name it is a new one.
+
+        Raises:
+            ArgumentError: if the name is none.
+        """
+        if name is not None:
+            check_name('the name of a producer', name)
+        attached = self._attached
+        return NamedProducer(self.target, self.name, name, self._limits, lambda: bool(attached and attached.cancelled))
 
     def stop(self, timeout: float = 10.0) -> None:
         """Cancel the source, if there is one, and wait up to `timeout` seconds for it to end."""
-        self._cancelled = True
-        if self._source is not None:
-            self._source.cancel()
-        if self._source_thread is not None and self._source_thread is not threading.current_thread():
-            self._source_thread.join(timeout)
+        if self._attached is not None:
+            self._attached.stop(timeout)
 
     def close(self) -> None:
         """Stop the source and write all that is queued."""

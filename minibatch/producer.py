@@ -253,9 +253,9 @@ class Producer:
             # After an unclear attempt, also what is refused now may be stored.
             if is_passing(exc) or self._unclear:
                 with self._lock:
-                    self._give_up(entry, _reason(exc))
+                    self._give_up(entry, reason_of(exc))
             else:
-                self._refuse(_reason(exc), all_in_flight=True)
+                self._refuse(reason_of(exc), all_in_flight=True)
             return
         self._settle(written)
         if refusal:
@@ -278,7 +278,7 @@ class Producer:
                 self._unclear = self._unclear or is_passing(exc)
                 if not is_passing(exc) or time.monotonic() > deadline:
                     raise
-                logger.warning('append to %r not confirmed, trying again: %s', self.stream, _reason(exc))
+                logger.warning('append to %r not confirmed, trying again: %s', self.stream, reason_of(exc))
                 time.sleep(max(min(pause, deadline - time.monotonic()), 0))
                 pause = min(pause * 1.5, longest)
 
@@ -289,7 +289,7 @@ class Producer:
         for entry in self._queue:
             if size >= INSERT_BYTES:
                 break
-            for start, end, length in _cuts(entry.datas, entry.meta, entry.written):
+            for start, end, length in cuts(entry.datas, entry.meta, entry.written):
                 part = slice(start, end)
                 record = store.record_batch(
                     self.stream, self.id, offset, entry.datas[part], entry.times[part], entry.meta[part]
@@ -490,7 +490,7 @@ def _checked(items: Iterable[Any]) -> Iterator[list[bytes]]:
         yield datas
 
 
-def _cuts(
+def cuts(
     datas: Sequence[bytes], meta: Sequence[RawBSONDocument | None], start: int
 ) -> Iterator[tuple[int, int, int]]:
     """Cut messages from `start` on into record batches: (start, end, bytes)."""
@@ -547,7 +547,7 @@ def _find_key(value: Any, wanted: str, path: str = '') -> str:
     return next((found for key, child in children if (found := _find_key(child, wanted, f'{path}[{key!r}]'))), '')
 
 
-def _reason(exc: Exception) -> str:
+def reason_of(exc: Exception) -> str:
     if isinstance(exc, BulkWriteError):
         errors = exc.details.get('writeErrors') or exc.details.get('writeConcernErrors') or [{}]
         return str(errors[0].get('errmsg', exc))

@@ -8,8 +8,11 @@ Collections (see docs/architecture.rst for why):
               - ``data`` when n is 1, else ``batch`` with n documents
               - ``times``: the n creation times, if they differ; ``created`` is the first of them
               - ``meta``: n values, if any message has one
+              - ``token``: where a source goes on after it
 
               A producer's offsets are 0, 1, 2 ... without gaps; a record batch takes n of them from ``offset`` on.
+
+``source``    where a named producer is, if its last record batch is gone: {_id, stream, producer, offset, token}
 
 The functions take the database and know nothing of any connection. What consumer groups have stored is in ledger.py.
 """
@@ -39,6 +42,7 @@ FORMAT = 1
 MAX_BATCH = 10_000
 NEAR = 100  # reading so many messages more costs less than another query
 DUPLICATE_KEY = 11000
+NAMED = 'source:'
 
 Doc = dict[str, Any]
 DB = Database[Doc]
@@ -100,6 +104,8 @@ def stream_names(db: DB, limit: int) -> list[str]:
 def clear_stream(db: DB, name: str) -> int:
     """Delete messages, windows and dead letters of a stream; positions and numbers go on. Returns how many messages."""
     deleted = count_messages(db, name)
+    for producer, end in log_ends(db, name).items():
+        _keep_place(db, name, Span(producer, 0, end))
     for part in _indexed(name):
         db.buffer.delete_many(part)
     db.window.delete_many({'stream': name})
@@ -129,6 +135,7 @@ def record_batch(
     datas: Sequence[bytes],
     times: Sequence[datetime],
     meta: Sequence[RawBSONDocument | None],
+    token: Any = None,
 ) -> RawBSONDocument:
     """Put encoded messages into one document, without decoding them again; `meta` are documents {meta: value}."""
     fields: Doc = {
@@ -144,6 +151,8 @@ def record_batch(
         fields['times'] = list(times)
     if any(value is not None for value in meta):
         fields['meta'] = [value and value['meta'] for value in meta]
+    if token is not None:
+        fields['token'] = token
     if len(datas) == 1:
         payload = b'\x03data\x00' + datas[0]
     else:
@@ -225,14 +234,66 @@ def unbatch(db: DB, span: Span, stream: str) -> int:
         for i, data in enumerate(doc['batch']):
             single = {**base, 'offset': Int64(doc['offset'] + i), 'n': 1, 'created': times_of(doc)[i], 'data': data}
             singles.append({**single, 'meta': [doc['meta'][i]]} if 'meta' in doc else single)
+        if 'token' in doc:
+            singles[-1]['token'] = doc['token']
         rest = _log_range(stream, Span(doc['producer'], singles[0]['offset'] + 1, singles[-1]['offset'] + 1))
         present = {other['offset'] for other in db.buffer.find(rest, {'offset': 1})}
         missing = [single for single in reversed(singles[1:]) if single['offset'] not in present]
         if missing:
             db.buffer.insert_many(missing)
-        db.buffer.update_one({'_id': doc['_id']}, {'$set': singles[0], '$unset': {'batch': 1, 'times': 1}})
+        db.buffer.update_one({'_id': doc['_id']}, {'$set': singles[0], '$unset': {'batch': 1, 'times': 1, 'token': 1}})
         batches += 1
     return batches
+
+
+# --- where sources are
+
+
+def find_place(db: DB, stream: str, producer: str, session: ClientSession | None = None) -> tuple[int, Any]:
+    """The offset at which a named producer goes on, and the token of its source, None if there is none."""
+    last = _last_record(db, stream, producer, session)
+    # In this order: a record batch is deleted only after its token was saved.
+    saved = db.source.find_one({'_id': f'{stream}/{producer}'}, session=session)
+    end = 0 if last is None else int(last['offset']) + int(last['n'])
+    if saved is not None and saved['offset'] >= end:
+        return int(saved['offset']), saved.get('token')
+    return end, last and last.get('token')
+
+
+def save_place(db: DB, stream: str, producer: str, offset: int, token: Any) -> None:
+    """Save the token of a source that brought no message with it; `offset` is where the log of the producer ends."""
+    _save_place(db, stream, producer, offset, token, older={'$lte': offset})
+
+
+def _keep_place(db: DB, stream: str, span: Span, session: ClientSession | None = None) -> None:
+    """Save where a named producer is, if its last record batch is about to be deleted with others of the span."""
+    if is_named(span.producer):
+        last = _last_record(db, stream, span.producer, session)
+        if last is not None and last['offset'] + last['n'] <= span.end:
+            end = last['offset'] + last['n']
+            _save_place(db, stream, span.producer, end, last.get('token'), older={'$lt': end})
+
+
+def _save_place(db: DB, stream: str, producer: str, offset: int, token: Any, older: Doc) -> None:
+    place = {'stream': stream, 'producer': producer, 'offset': Int64(offset), 'token': token}
+    with suppress(DuplicateKeyError):  # what is saved is further
+        db.source.update_one({'_id': f'{stream}/{producer}', 'offset': older}, {'$set': place}, upsert=True)
+
+
+def _last_record(db: DB, stream: str, producer: str, session: ClientSession | None) -> Doc | None:
+    fields = {'_id': 0, 'offset': 1, 'n': 1, 'token': 1}
+    ours = {'stream': stream, 'producer': producer, 'offset': {'$gte': 0}}
+    return db.buffer.find_one(ours, fields, sort=[('offset', -1)], session=session)
+
+
+def producer_id(name: str) -> str:
+    """The id of a named producer."""
+    return NAMED + name
+
+
+def is_named(producer: str) -> bool:
+    """Whether a producer has a name, and thus goes on where it was; the ids of others are made up for one run."""
+    return producer.startswith(NAMED)
 
 
 # --- the log, read
@@ -288,7 +349,7 @@ def read_records(db: DB, stream: str, span: Span, session: ClientSession | None 
     """The record batches that hold the messages of a span, in order; the outer ones may hold more."""
     if span.start >= span.end:
         return []
-    fields = {'_id': 0, 'stream': 0, 'producer': 0, 'processed': 0}
+    fields = {'_id': 0, 'stream': 0, 'producer': 0, 'processed': 0, 'token': 0}
     in_span = db.buffer.find(_log_range(stream, span), fields, batch_size=5000, session=session)
     found = list(in_span.sort('offset', 1))
     if not found or found[0]['offset'] != span.start:
@@ -358,7 +419,7 @@ def read_messages(
     db: DB, stream: str, span: Span, names: list[str] | None, session: ClientSession | None = None
 ) -> Iterator[tuple[int, datetime, Any]]:
     """(offset, creation time, data) of the messages of a span, in order; of the data only these fields, if named."""
-    fields = {'_id': 0, 'stream': 0, 'producer': 0, 'processed': 0, 'meta': 0}
+    fields = {'_id': 0, 'stream': 0, 'producer': 0, 'processed': 0, 'meta': 0, 'token': 0}
     if names is not None and not any('$' in name for name in names):
         inner = [name for name in sorted(set(names)) if not any(name.startswith(f'{other}.') for other in names)]
         fields = {'_id': 0, **dict.fromkeys(('offset', 'n', 'created', 'times'), 1)}
@@ -420,6 +481,7 @@ def _record_around(
 def delete_records(db: DB, stream: str, span: Span) -> int:
     """Delete the record batches that lie wholly within a span; returns where the span is deleted up to."""
     with db.client.start_session(causal_consistency=True) as session:
+        _keep_place(db, stream, span, session)
         db.buffer.delete_many(_whole_batches(stream, span), session=session)
         return _end_of_whole_batches(db, stream, span, session)
 
@@ -446,6 +508,7 @@ def delete_older(db: DB, stream: str, before: datetime) -> int:
             if times[-1].replace(tzinfo=before.tzinfo) >= before:
                 break
             upto = offset + n
+        _keep_place(db, stream, Span(producer, start, upto))
         db.buffer.delete_many(_log_range(stream, Span(producer, start, upto)))
         deleted += upto - start
     old = {'stream': stream, 'offset': None, 'created': {'$lt': before}}

@@ -1,5 +1,6 @@
 """Streams and windows; models and appends without a server, on mongomock, and streams as sinks and as archives."""
 
+import threading
 from datetime import datetime, timedelta
 
 import pytest
@@ -7,7 +8,7 @@ from processes import Seen, appended, note, prove, started, write_at
 from servers import eventually
 
 import minibatch as mb
-from minibatch import clock, connection
+from minibatch import attached, clock, connection
 from minibatch.clock import EPOCH
 from minibatch.errors import ArgumentError, BacklogFullError, DataError
 from minibatch.messages import MessageWindow
@@ -157,6 +158,50 @@ def test_a_source_appends_in_the_background_until_it_is_cancelled(stream):
     assert stream.source is source
     assert source.cancelled
     assert stream.buffer().count() == 1
+
+
+def test_a_source_that_fails_is_started_again(stream, caplog, monkeypatch):
+    monkeypatch.setattr(attached, 'PAUSES', (0.01, 0.02))
+
+    class Source:
+        starts = 0
+
+        def stream(self, stream):
+            self.starts += 1
+            if self.starts < 4:
+                raise ConnectionError(f'no answer {self.starts}')
+            stream.append({'a': 1})
+
+        def cancel(self):
+            pass
+
+    source = Source()
+    stream.attach(source)
+    eventually(lambda: stream._attached.ended)
+    assert source.starts == 4
+    assert stream.buffer().count() == 1
+    assert [record.message for record in caplog.records if 'failed' in record.message] == [
+        f"the source of stream 's' (Source) failed, it is started again in {pause} s: ConnectionError: no answer {i}"
+        for i, pause in enumerate(('0.01', '0.02', '0.02'), 1)
+    ]
+
+
+def test_a_source_that_begins_just_after_it_was_cancelled_is_cancelled_again(stream):
+    cancelled, may_begin = threading.Event(), threading.Event()
+
+    class Source:
+        def stream(self, stream):
+            may_begin.wait(10)
+            cancelled.clear()
+            cancelled.wait(10)
+
+        def cancel(self):
+            cancelled.set()
+            may_begin.set()
+
+    stream.attach(Source())
+    stream.stop(timeout=5)
+    assert not stream._attached.running
 
 
 def test_something_that_is_no_source_is_refused(stream):

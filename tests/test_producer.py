@@ -13,7 +13,7 @@ from servers import Mongod, Proxy, eventually
 import minibatch as mb
 from minibatch import producer
 from minibatch.errors import DataError, ServerError, UnconfirmedError
-from minibatch.producer import RECORD_BYTES, RECORD_MESSAGES, _cuts, encode, encode_meta
+from minibatch.producer import RECORD_BYTES, RECORD_MESSAGES, encode, encode_meta
 
 OUT_OF_DISK_SPACE = 14031
 UNAUTHORIZED = 13
@@ -75,7 +75,7 @@ def test_data_nested_deeper_than_the_server_takes_is_refused():
 
 
 def cuts(datas, meta=None):
-    return _cuts(datas, meta or [None] * len(datas), 0)
+    return producer.cuts(datas, meta or [None] * len(datas), 0)
 
 
 def test_record_batches_are_bounded_in_number_and_bytes():

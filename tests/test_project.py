@@ -22,7 +22,8 @@ PACKAGE = ROOT / 'minibatch'
 LEVELS = {
     0: {'errors', 'abc', 'clock'},
     1: {'connection', 'embedded', 'store', 'ledger', 'dead', 'fields', 'marshaller'},
-    2: {'backlog', 'lease', 'messages', 'models', 'groups', 'producer'},
+    2: {'backlog', 'lease', 'messages', 'models', 'groups', 'producer', 'named',
+        'attached'},
     3: {'assign', 'edges', 'emitter', 'kinds', 'progress', 'retention', 'stall', 'wakeup', 'window', 'consumer',
         'planner', 'delivery', 'beside', 'worker', 'metrics'},
     4: {'api', 'cli', 'demo', 'testing', 'contrib', '', '__main__'},

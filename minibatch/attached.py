@@ -1,0 +1,90 @@
+"""A source at work: in a thread, again when it fails, until it is cancelled or at its end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from .abc import Source
+from .errors import MinibatchError
+
+if TYPE_CHECKING:
+    from .models import Stream
+
+logger = logging.getLogger(__name__)
+
+PAUSES = (1.0, 60.0)
+WELL = 60.0
+CANCEL_PAUSE = 0.2
+
+
+class Attached:
+    """A source attached to a stream.
+
+    Attributes:
+        source: the source.
+        ended: whether it has come to its end by itself.
+        failure: what it failed with last, in words, while it has not run well since; else ''.
+    """
+
+    def __init__(self, stream: Stream, source: Source) -> None:
+        self.source, self._stream = source, stream
+        self.ended, self.failure = False, ''
+        self._cancelled = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether its thread is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was told to end."""
+        return self._cancelled.is_set()
+
+    def run(self) -> None:
+        """Run it until its end, or until it is cancelled; what it raises comes out."""
+        self.source.stream(self._stream)
+        self._stream.flush()
+        self.ended = not self.cancelled
+
+    def start(self) -> None:
+        """Run it in a thread."""
+        name = f'minibatch-source-{self._stream.name}'
+        self._thread = threading.Thread(target=self._run_on, name=name, daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """Cancel it, and wait so long for the end of its thread."""
+        self._cancelled.set()
+        self.source.cancel()
+        if threading.current_thread() is self._thread:
+            return
+        deadline = time.monotonic() + timeout
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline:
+            self._thread.join(CANCEL_PAUSE)
+            self.source.cancel()  # it may have begun just after it was cancelled
+
+    def _run_on(self) -> None:
+        pause, longest = PAUSES
+        while not self.cancelled:
+            started = time.monotonic()
+            try:
+                self.run()
+                return
+            except Exception as exc:
+                if self.cancelled:
+                    return
+                if time.monotonic() - started > WELL:
+                    pause = PAUSES[0]
+                self.failure = f'{type(exc).__name__}: {exc}'
+                told = isinstance(exc, (MinibatchError, OSError))  # else it may be a mistake in the source
+                logger.warning(
+                    'the source of stream %r (%s) failed, it is started again in %g s: %s',
+                    self._stream.name, type(self.source).__name__, pause, self.failure, exc_info=not told,
+                )  # fmt: skip
+            self._cancelled.wait(pause)
+            pause = min(pause * 2, longest)
