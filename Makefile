@@ -45,18 +45,21 @@ bench: .venv/.dev
 LIBRARIES_PRESENT = $(PYTHON) -c 'import ctypes; [ctypes.CDLL(n) for n in ("libcurl.so.4", "libssl.so.3")]' 2>/dev/null
 
 services:
-	@if [ "$$(uname -s)" != Linux ]; then \
-		echo 'services: nothing to install on this system'; \
-	elif $(LIBRARIES_PRESENT); then \
-		echo 'services: libcurl and OpenSSL 3 are there'; \
+	@missing=; \
+	$(LIBRARIES_PRESENT) || missing=' libcurl4 libssl3'; \
+	PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || missing="$$missing mosquitto"; \
+	if [ "$$(uname -s)" != Linux ]; then \
+		echo 'services: nothing is installed on this system; tests that need mosquitto are skipped without it'; \
+	elif [ -z "$$missing" ]; then \
+		echo 'services: libcurl, OpenSSL 3 and mosquitto are there'; \
 	elif ! command -v apt-get >/dev/null; then \
-		echo 'services: no apt-get here; install libcurl (libcurl.so.4) and OpenSSL 3 (libssl.so.3) yourself' >&2; exit 1; \
+		echo "services: no apt-get here; install these packages of Debian, or what they are called here:$$missing" >&2; exit 1; \
 	elif [ "$$(id -u)" != 0 ]; then \
-		echo 'services: must run as root to install libcurl4 and libssl3: sudo make services' >&2; exit 1; \
+		echo "services: must run as root to install$$missing: sudo make services" >&2; exit 1; \
 	else \
-		echo 'services: installing libcurl4 and libssl3'; \
+		echo "services: installing$$missing"; \
 		export DEBIAN_FRONTEND=noninteractive; \
-		apt-get update -qq && apt-get install -y -qq --no-install-recommends libcurl4 libssl3 >/dev/null; \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	fi
 
 clean:
@@ -86,5 +89,5 @@ clean:
 
 .venv/.dev: .venv/.made setup.cfg pyproject.toml
 	@echo 'Installing minibatch and its development tools into .venv (once)'
-	@$(PIP) install -e '.[embedded,dev]'
+	@$(PIP) install -e '.[embedded,kafka,mqtt,celery,dev]'
 	@touch .venv/.demo $@

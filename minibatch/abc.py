@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class SourceMessage(NamedTuple):
     """A message as a source hands it to a `minibatch.named.NamedProducer`.
 
-    Attributes:
+    Args:
         data: the message, a mapping of what MongoDB can store. With an `error` whatever the source has of it.
         meta: something about it, such as its headers; given to the function in ``window.messages``.
         token: where the source goes on after this message, of what MongoDB can store, but None.

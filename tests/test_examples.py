@@ -1,5 +1,6 @@
 """The examples, each run as a user runs it."""
 
+import json
 import os
 import re
 import subprocess
@@ -31,6 +32,10 @@ def test_quickstart_processes_every_pair_once(run):
         ['20.5, 20.7', '21.0, 21.4', '21.6, 21.5', '21.1, 20.8', '20.6, 20.2']
     )
     assert out.splitlines()[-1] == '10 messages appended, all processed'
+
+
+def test_a_source_and_a_sink_of_ones_own_bring_a_file_of_numbers_to_a_file_of_sums(run):
+    assert [json.loads(line)['total'] for line in run('lines.py').splitlines()] == [45, 145, 245, 345, 445]
 
 
 def test_the_weather_adds_up_to_what_plain_python_says(run, db):

@@ -26,7 +26,7 @@ LEVELS = {
         'attached'},
     3: {'assign', 'edges', 'emitter', 'kinds', 'progress', 'retention', 'stall', 'wakeup', 'window', 'consumer',
         'planner', 'delivery', 'beside', 'worker', 'metrics'},
-    4: {'api', 'cli', 'demo', 'testing', 'contrib', '', '__main__'},
+    4: {'api', 'cli', 'demo', 'testing', 'contracts', 'contrib', '', '__main__'},
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
