@@ -18,6 +18,7 @@ from .errors import MinibatchError
 from .groups import DeadLetter, Group
 from .messages import Message, MessageWindow
 from .models import Buffer, Stream, Window
+from .overview import status
 
 __all__ = [
     'Buffer',
@@ -31,6 +32,7 @@ __all__ = [
     'authenticated_url',
     'connectdb',
     'make_emitter',
+    'status',
     'stream',
     'streaming',
 ]

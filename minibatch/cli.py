@@ -544,7 +544,7 @@ def _title(group: Group) -> str:
 
 def _fields(item: Group | DeadLetter) -> dict[str, Any]:
     """What is known about it, for JSON."""
-    values = {field.name: getattr(item, field.name) for field in fields(item) if not field.name.startswith('_')}
+    values = {field.name: getattr(item, field.name) for field in fields(item) if field.repr}
     return {key: value.isoformat() if isinstance(value, datetime) else value for key, value in values.items()}
 
 

@@ -58,6 +58,10 @@ class Consumer:
     def _token_here(self) -> str:
         return f'{self._token}-{os.getpid()}'  # a forked child is another consumer
 
+    @property
+    def _workers(self) -> int:
+        return self.emitter.max_workers or os.cpu_count() or 1
+
     def wake(self, item: Any = None) -> None:
         """Make the loop look at once; `item` is a task with its completion, or nothing."""
         self._inbox.put(item)
@@ -127,7 +131,7 @@ class Consumer:
                     f'and one of them picks messages itself: it must be the only one'
                 )
         what = f'{name_of(emitter.emitfn)} with {emitter.describe()}' if emitter.emitfn else emitter.describe()
-        fields = {'fingerprint': what, 'keep': emitter.keep, 'picks': emitter.picks}
+        fields = {'fingerprint': what, 'keep': emitter.keep, 'picks': emitter.picks, 'workers': self._workers}
         taken = lease.take(target, emitter.stream_name, emitter.group, emitter.lease, self._token_here, fields)
         if isinstance(taken, Lease):
             self._standing_by = False
@@ -143,7 +147,7 @@ class Consumer:
     def _executor(self) -> Iterator[None]:
         """Open the executor, and close it if it was made here."""
         given = self.emitter.executor
-        workers = self.emitter.max_workers or os.cpu_count() or 1
+        workers = self._workers
         self.at_once = 2 * workers
         if given is None:
             with self._limit(), Pool(workers, self._fn, self.emitter.stream.target) as self.executor:

@@ -14,7 +14,7 @@ from pymongo import MongoClient
 from pymongo.client_session import ClientSession
 from pymongo.errors import PyMongoError
 
-from . import connection, dead, ledger
+from . import connection, dead, ledger, metrics
 from .abc import BulkSink, ExactlyOnceSink, WindowCommit
 from .beside import Beside
 from .connection import Target
@@ -178,6 +178,7 @@ class Delivery:
     def _delivered(self, claim: Claim, outcome: Outcome, committed: list[Claim]) -> None:
         if outcome.missing:
             self.expired(outcome.missing)
+        claim.in_function, claim.newest = outcome.in_function, outcome.newest
         committed.append(claim)
 
     def _forward(self, claim: Claim, outcome: Outcome) -> None:
@@ -257,17 +258,25 @@ class Delivery:
             ledger.commit_windows(self._target.majority, ids, self._lease.epoch)
 
     def _committed(self, claims: list[Claim]) -> None:
+        now = self._lease.now()
         for claim in claims:
             if claim.picked and not claim.replay:
                 self._emitter.commit(claim.picked, claim.argument)
                 self._emitter.timestamp(claim.query_args)
             self._progress.finished(claim.number)
-            self._follower.count(**{'late': claim.n} if claim.aside else {'windows': 1, 'messages': claim.n})
+            self._follower.count(**{'late': claim.n} if claim.aside else self._counts(claim, now))
         replayed = [claim.id for claim in claims if claim.replay]
         if replayed:
             dead.drop(self._target.majority, replayed, windows=not self._emitter.keep)
         self.committed += sum(not claim.aside for claim in claims)
         self.finished += len(claims)
+
+    def _counts(self, claim: Claim, now: datetime) -> dict[str, float]:
+        """What a processed window adds to the counters of its group."""
+        counts = {'windows': 1, 'messages': claim.n, **metrics.observed(function=claim.in_function, sizes=claim.n)}
+        if claim.newest is not None:
+            counts.update(metrics.observed(latency=max((now - claim.newest).total_seconds(), 0.0)))
+        return counts
 
     # --- fail
 

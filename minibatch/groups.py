@@ -15,6 +15,7 @@ from .errors import ArgumentError, GroupBusyError, LeaseLostError
 from .fields import stored_key
 from .lease import Lease
 from .messages import Message, MessageWindow, window_of
+from .metrics import Histogram, histogram
 from .store import Span
 
 LEASE = 10.0
@@ -43,6 +44,11 @@ class Group:
         owner: 'host:pid' of the consumer that leads now, by the server's time, or None.
         stalled: since when windows wait and none is finished (aware, UTC), or None.
         keep: whether it keeps what it has processed.
+        workers: how many workers the consumer has that leads, or led last.
+        committed: when a window was committed last (aware, UTC), or None.
+        function: how long the function took for each window, in seconds.
+        latency: how long after its newest message was appended each window was committed, in seconds.
+        sizes: how many messages each window had.
 
     Example:
         >>> for group in stream.groups():    # doctest: +SKIP
@@ -60,6 +66,11 @@ class Group:
     owner: str | None
     stalled: datetime | None
     keep: bool
+    workers: int
+    committed: datetime | None
+    function: Histogram = field(repr=False)
+    latency: Histogram = field(repr=False)
+    sizes: Histogram = field(repr=False)
     _target: Target = field(repr=False, compare=False)
 
     def lag(self) -> Lag:
@@ -337,6 +348,11 @@ def _group(target: Target, doc: dict[str, Any]) -> Group:
         owner='{host}:{pid}'.format_map(doc['lease']['owner']) if held else None,
         stalled=_time(doc.get('stalled')),
         keep=bool(doc.get('keep')),
+        workers=int(doc.get('workers', 0)),
+        committed=_time(doc.get('committed')),
+        function=histogram(doc, 'function'),
+        latency=histogram(doc, 'latency'),
+        sizes=histogram(doc, 'sizes'),
         _target=target,
     )
 

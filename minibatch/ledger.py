@@ -4,9 +4,11 @@ Collections (see docs/architecture.rst for why):
 
 ``group``     {_id: stream/group, stream, group, lease: {owner, epoch, expires}, fingerprint, keep, picks, number,
               event, frontier, watermark, seen, started, sessions, stalled, deleted, reset, windows, messages,
-              expired_unprocessed, retried, failed, late}; every window up to ``number`` is finished, and below the
-              positions; ``frontier`` and ``watermark`` are theirs, of the time of messages if ``event``, else of that
-              of creation; ``reset`` are positions decided on, not all written yet; ``deleted`` makes it a tombstone
+              expired_unprocessed, retried, failed, late, function, latency, sizes, committed, workers, forgotten};
+              ``forgotten`` messages were of producers whose positions are gone; every window up to ``number`` is
+              finished, and below the positions; ``frontier`` and ``watermark`` are theirs, of the time of messages
+              if ``event``, else of that of creation; ``reset`` are positions decided on, not all written yet;
+              ``deleted`` makes it a tombstone
 ``position``  {_id: stream/group/producer, stream, group, producer, offset, epoch, updated, cleaned}; every message
               of the producer below ``offset`` is finished
 ``window``    {_id: stream/group/number, stream, group, number, spans, n, start, end, key, watermark, frontier, part,
@@ -390,7 +392,11 @@ def prune_positions(db: DB, stream: str, group: str, alive: Iterable[str], now: 
     """Forget the positions of producers that have no records, no name, and were idle for a day."""
     unnamed = {'$nin': list(alive), '$not': {'$regex': f'^{store.NAMED}'}}
     idle = {'updated': {'$lt': now - IDLE_POSITION_KEPT}, 'producer': unnamed}
-    db.position.delete_many({**id_prefix(f'{stream}/{group}/'), 'stream': stream, 'group': group, **idle})
+    ours = {**id_prefix(f'{stream}/{group}/'), 'stream': stream, 'group': group}
+    found = {doc['_id']: int(doc['offset']) for doc in db.position.find({**ours, **idle}, {'offset': 1})}
+    if found:
+        db.position.delete_many({'_id': {'$in': list(found)}, **idle})
+        db.group.update_one({'_id': group_id(stream, group)}, {'$inc': {'forgotten': sum(found.values())}})
 
 
 def write_progress(
@@ -479,6 +485,20 @@ def finished_spans(db: DB, stream: str, group: str, number: int) -> dict[str, li
         for span in all_spans(db, doc):
             spans.setdefault(span.producer, []).append(span)
     return spans
+
+
+def count_open(db: DB, stream: str, group: str) -> int:
+    """How many windows of a group are claimed and not finished."""
+    number = int((db.group.find_one({'_id': group_id(stream, group)}, {'number': 1}) or {'number': 0})['number'])
+    return db.window.count_documents({**_windows(stream, group, number + 1), 'status': 'open'})
+
+
+def count_appended(db: DB, stream: str, group: str, ends: dict[str, int]) -> int:
+    """How many messages were appended, as far as a group knows: also those that are deleted, of producers long gone."""
+    doc = db.group.find_one({'_id': group_id(stream, group)}, {'forgotten': 1}) or {}
+    positions = read_positions(db, stream, group)
+    known = positions.keys() | ends.keys()
+    return int(doc.get('forgotten', 0)) + sum(max(positions.get(p, 0), ends.get(p, 0)) for p in known)
 
 
 def offsets_at(db: DB, stream: str, to: str | datetime) -> dict[str, int]:

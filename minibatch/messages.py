@@ -86,6 +86,12 @@ class MessageWindow:
             messages = [messages[i] for i in sorted(range(len(messages)), key=keys.__getitem__)]
         return messages
 
+    @property
+    def newest(self) -> datetime | None:
+        """When the newest of its messages was created (aware, UTC), as the record batches say; None of no messages."""
+        times = [store.times_of(record)[end - 1] for _, record, _, end in self._slices]
+        return clock.aware(max(times)) if times else None
+
     def __len__(self) -> int:
         return self._count
 

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from itertools import accumulate, chain
@@ -22,14 +22,14 @@ from mongoengine.fields import BooleanField, DateTimeField, FloatField, IntField
 from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 
-from . import clock, dead, groups, ledger, messages, store
+from . import clock, dead, groups, ledger, messages, store, tail
 from .abc import Source, WindowCommit
 from .attached import Attached
 from .backlog import TIMEOUT, Limits
 from .connection import Target, current, current_stream, is_passing, target
 from .errors import ArgumentError, DataError, ServerError
 from .groups import DeadLetters, Group
-from .messages import MessageWindow
+from .messages import Message, MessageWindow
 from .named import NamedProducer
 from .producer import Producer, producer_of
 
@@ -41,6 +41,7 @@ MAX_SECONDS = 1e9
 OPEN_TIMEOUT = 30.0
 ASIDE_TIMEOUT = 1.0
 OPEN_PAUSE = 0.2
+MAX_TAIL = 100_000
 
 
 class _RawField(BaseField):
@@ -468,6 +469,24 @@ class Stream(_Model):
     def window(self, **filter: Any) -> QuerySet:
         """The stored windows of this stream, as a mongoengine query set."""
         return Window.in_database(self.target).filter(stream=self.name, **filter)
+
+    def tail(self, last: int = 0, follow: bool = True) -> Iterator[Message | None]:
+        """The messages as they are appended, whoever processes them: for looking, not for processing.
+
+        What was processed and deleted before it is looked at is not among them, nor what is behind a log that is
+        written faster than it is read here.
+
+        Args:
+            last: begin with so many of those that are stored.
+            follow: go on with new ones, until the iterator is closed; about once a second without any it yields None.
+
+        Example:
+            >>> for message in stream.tail(last=10, follow=False):    # doctest: +SKIP
+            ...     print(message.created, message.data)
+        """
+        if isinstance(last, bool) or not isinstance(last, int) or not 0 <= last <= MAX_TAIL:
+            raise ArgumentError(f'last must be an int from 0 to {MAX_TAIL}, not {last!r}')
+        return tail.tail(self.target, self.name, last, follow)
 
     def groups(self) -> list[Group]:
         """The consumer groups of this stream, by name.

@@ -70,6 +70,8 @@ class Claim(WindowPlan):
     replay: bool = False  # it was a dead letter
     tried: int = 0  # attempts before the replay
     committed: bool = False  # its sink has committed it, with its results
+    in_function: float = 0.0  # seconds, of the last attempt
+    newest: datetime | None = None  # when its newest message was created, as its worker has seen
 
     @property
     def aside(self) -> bool:

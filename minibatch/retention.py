@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
+from typing import Any
 
 from pymongo.client_session import ClientSession
 from pymongo.errors import PyMongoError
@@ -28,6 +29,15 @@ DEAD_KEPT = timedelta(days=30)
 MAX_DEAD = 10_000
 
 
+class Counts(dict[str, float]):
+    """Numbers by name, which are added up."""
+
+    def add(self, counts: Mapping[str, float]) -> None:
+        """Add each number to the one of the same name."""
+        for name, count in counts.items():
+            self[name] = self.get(name, 0) + count
+
+
 class Follower:
     """Writes how far a consumer group is, then deletes what is behind it, in a thread.
 
@@ -42,7 +52,7 @@ class Follower:
         self._moved: dict[str, int] = {}
         self._number = self._written_number = self._deleted_number = 0
         self._marks: dict[str, datetime] = {}
-        self._counts: Counter[str] = Counter()
+        self._counts: Counts = Counts()
         self._positions: dict[str, int] = {}
         self._cleaned: dict[str, int] = {}
         self._newly_cleaned: dict[str, int] = {}
@@ -57,10 +67,10 @@ class Follower:
         """These positions were written before, and what is behind them was cleaned up so far."""
         self._positions, self._cleaned = positions.copy(), cleaned.copy()
 
-    def count(self, **counts: int) -> None:
+    def count(self, **counts: float) -> None:
         """Add to the counters of the group."""
         with self._changed:
-            self._counts.update(counts)
+            self._counts.add(counts)
 
     def is_due(self) -> bool:
         """Whether enough time has passed since the last `follow`."""
@@ -111,13 +121,13 @@ class Follower:
                     break
                 moved, self._moved = self._moved, {}
                 number, marks = self._number, self._marks
-                counts, self._counts = self._counts, Counter()
+                counts, self._counts = self._counts, Counts()
                 self._busy = True
             error: Exception | None = None
             try:
                 with self._target.client.start_session(causal_consistency=True) as session:
                     self._write(moved, number, marks, counts, session)
-                    self._written_number, moved, counts = number, {}, Counter()
+                    self._written_number, moved, counts = number, {}, Counts()
                     self._retain(number, session)
             except Exception as exc:  # whatever it is, `follow` must not wait for ever
                 error = exc
@@ -126,7 +136,7 @@ class Follower:
                 self._busy, self._error = False, error
                 if error is not None:
                     self._moved = {**moved, **self._moved}
-                    self._counts.update(counts)
+                    self._counts.add(counts)
                 self._changed.notify_all()
                 if error is not None and not isinstance(error, PyMongoError):
                     return
@@ -136,13 +146,15 @@ class Follower:
             self._note_cleaned()
 
     def _write(
-        self, moved: dict[str, int], number: int, marks: dict[str, datetime], counts: Counter[str],
+        self, moved: dict[str, int], number: int, marks: dict[str, datetime], counts: Counts,
         session: ClientSession,
     ) -> None:  # fmt: skip
         db = self._target.majority
         ledger.write_positions(db, self._stream, self._group, self._epoch, moved)
         self._positions.update(moved)
-        fields = {'number': number, **marks}
+        fields: dict[str, Any] = {'number': number, **marks}
+        if 'windows' in counts:
+            fields['committed'] = self._now()
         ledger.write_progress(db, self._stream, self._group, self._epoch, fields, dict(counts), session)
 
     def _retain(self, number: int, session: ClientSession) -> None:

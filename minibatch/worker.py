@@ -82,6 +82,8 @@ class Outcome:
     skipped: bool = False
     missing: int = 0
     seconds: float = 0.0
+    in_function: float = 0.0  # of these seconds
+    newest: datetime | None = None  # when its newest message was created
 
     @property
     def value(self) -> Any:
@@ -176,6 +178,7 @@ class Task:
             if work.replay:
                 return _failure(work, DataError('the copies of its messages are gone'), by_function=True)
             return Outcome(work.number, skipped=True, missing=window.missing)
+        loaded = time.perf_counter()
         try:
             with self.limit.on(work.number) if self.limit is not None else nullcontext():
                 result = self._call(window if work.argument is None else work.argument)
@@ -183,8 +186,11 @@ class Task:
             if not (self.remote or isinstance(exc, (Exception, SystemExit))):
                 raise  # Ctrl-C in this very process
             return _failure(work, exc, by_function=True)
-        seconds = time.perf_counter() - started
-        return Outcome(work.number, result, pickled=self._pickles, missing=window.missing, seconds=seconds)
+        ended = time.perf_counter()
+        return Outcome(
+            work.number, result, pickled=self._pickles, missing=window.missing, seconds=ended - started,
+            in_function=ended - loaded, newest=window.newest,
+        )  # fmt: skip
 
     @property
     def _pickles(self) -> bool:

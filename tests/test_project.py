@@ -21,11 +21,11 @@ PACKAGE = ROOT / 'minibatch'
 # Imports point from a higher level to the same or a lower one. '' is the package itself, __init__.py.
 LEVELS = {
     0: {'errors', 'abc', 'clock'},
-    1: {'connection', 'embedded', 'store', 'ledger', 'dead', 'fields', 'marshaller'},
+    1: {'connection', 'embedded', 'store', 'ledger', 'dead', 'fields', 'marshaller', 'metrics'},
     2: {'backlog', 'lease', 'messages', 'models', 'groups', 'producer', 'named',
-        'attached'},
+        'attached', 'tail'},
     3: {'assign', 'edges', 'emitter', 'kinds', 'progress', 'retention', 'stall', 'wakeup', 'window', 'consumer',
-        'planner', 'delivery', 'beside', 'worker', 'metrics'},
+        'planner', 'delivery', 'beside', 'worker', 'overview'},
     4: {'api', 'cli', 'demo', 'testing', 'contracts', 'contrib', '', '__main__'},
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
