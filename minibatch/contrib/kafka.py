@@ -142,7 +142,7 @@ class KafkaSource:
 
         Raises:
             ConnectionError: if no broker answers.
-            kafka.errors.KafkaError: as kafka-python does. Once connected, it waits for a broker that is lost.
+            kafka.errors.KafkaError: if Kafka refused something.
         """
         self._cancelled.clear()
         reader = _Reader(self._connect(), stream, self._decode, self._reset)
@@ -150,6 +150,10 @@ class KafkaSource:
             reader.subscribe(self._topic)
             while not self._cancelled.is_set():
                 reader.read()
+        except KafkaError as exc:
+            if exc.retriable:
+                raise ConnectionError(f'Kafka at {", ".join(self._urls)}: {exc}') from exc
+            raise
         finally:
             reader.close()
 

@@ -108,7 +108,7 @@ class Broker:
             producer.close(10)
 
     def received(self, topic: str, count: int) -> list[Any]:
-        """The messages of a topic, when there are so many; of each partition in order."""
+        """The messages of a topic, when there are so many, and no more come; of each partition in order."""
         from kafka import KafkaConsumer, TopicPartition
         consumer = KafkaConsumer(bootstrap_servers=self.url, auto_offset_reset='earliest', enable_auto_commit=False)
         found: list[Any] = []
@@ -122,8 +122,9 @@ class Broker:
                     found.extend(records)
                 return len(found) >= count
             eventually(enough, 30, f'{count} messages are not in {topic}')
-            for records in consumer.poll(300).values():
-                found.extend(records)
+            while more := consumer.poll(500):
+                for records in more.values():
+                    found.extend(records)
         finally:
             consumer.close(autocommit=False)
         return found
@@ -180,15 +181,7 @@ class Store:
         self.objects: dict[str, tuple[bytes, str]] = {}
         self.lock = threading.Lock()
         self.changes = 0
-        store = self
-
-        class Handler(_Handler):
-            pass
-
-        Handler.store = store
-        self._server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        self._server.daemon_threads = True
-        self._server.block_on_close = False
+        self._server = _Server(self)
         self.url = f'http://127.0.0.1:{self._server.server_address[1]}'
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
@@ -201,9 +194,27 @@ class Store:
         self._server.server_close()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        super().__init__(('127.0.0.1', 0), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A broker that is killed leaves its connections half way."""
+
+
 class _Handler(BaseHTTPRequestHandler):
-    store: Store
+    server: _Server
     protocol_version = 'HTTP/1.1'
+    wbufsize = -1  # header and body in one packet: else each answer waits 40 ms
+    disable_nagle_algorithm = True
+
+    @property
+    def store(self) -> Store:
+        return self.server.store
 
     def log_message(self, *args: Any) -> None:
         pass
