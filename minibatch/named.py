@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -139,18 +140,24 @@ class NamedProducer:
     # --- writing
 
     def _insert(self, messages: Sequence[_Encoded]) -> None:
-        for start, end in _inserts(messages):
-            self._take_room(end - start)
-            part, offset, records = messages[start:end], self._offset, []
-            for first, behind, _ in cuts([each.raw for each in part], [each.meta for each in part], 0):
-                datas, meta, tokens = zip(*part[first:behind], strict=True)
-                times = [clock.now()] * len(datas)
-                records.append(store.record_batch(self._stream, self.id, offset, datas, times, meta, tokens[-1]))
-                offset += len(datas)
-            self._write(records)
-            self._offset = offset
-            if part[-1].token is not None:
-                self.token = part[-1].token
+        start = 0
+        for _, end in _inserts(messages):
+            while start < end:
+                part = messages[start : start + self._take_room(end - start)]
+                self._insert_at_once(part)
+                start += len(part)
+
+    def _insert_at_once(self, messages: Sequence[_Encoded]) -> None:
+        offset, records = self._offset, []
+        for first, behind, _ in cuts([each.raw for each in messages], [each.meta for each in messages], 0):
+            datas, meta, tokens = zip(*messages[first:behind], strict=True)
+            times = [clock.now()] * len(datas)
+            records.append(store.record_batch(self._stream, self.id, offset, datas, times, meta, tokens[-1]))
+            offset += len(datas)
+        self._write(records)
+        self._offset = offset
+        if messages[-1].token is not None:
+            self.token = messages[-1].token
 
     def _write(self, records: list[Any]) -> None:
         if self._target.is_mock:
@@ -177,15 +184,15 @@ class NamedProducer:
             self._pause(pause)
             pause = min(pause * 1.5, longest)
 
-    def _take_room(self, wanted: int) -> None:
+    def _take_room(self, wanted: int) -> int:
+        """Take room for 1 to `wanted` messages."""
         pause, longest = PAUSES
-        while wanted:
-            taken = self._room.take(wanted, self._limits)
-            wanted -= taken
-            if not taken:
-                self._waits.say('a source waits: %s', self._room.describe(self._stream, self._limits))
-                self._pause(pause)
-                pause = min(pause * 1.5, longest)
+        while not (taken := self._room.take(wanted, self._limits)):
+            full = self._room.describe(self._stream, replace(self._limits, on_full='raise'))
+            self._waits.say('a source waits: %s', full)
+            self._pause(pause)
+            pause = min(pause * 1.5, longest)
+        return taken
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds

@@ -16,7 +16,7 @@ from processes import FAULTS, HEADINGS, SEED, table
 from pymongo.database import Database
 from servers import Mongod
 
-from minibatch import embedded
+from minibatch import connection, embedded
 
 SERVER_FIXTURES = {'mongod', 'standalone', 'url', 'db', 'standalone_url', 'home'}
 
@@ -42,6 +42,7 @@ def isolation() -> Iterator[None]:
                 patch.delenv(name)
         patch.setenv('MINIBATCH_HOME', home)
         yield
+        connection.disconnect()
         embedded.stop()
 
 

@@ -216,6 +216,18 @@ def test_a_source_that_waits_for_room_ends_when_it_is_cancelled(url, db, caplog)
         assert not stream._attached.running
 
 
+def test_a_batch_larger_than_the_room_is_stored_as_there_is_room(url, db):
+    with mb.stream('test', url=url, max_backlog=5) as stream:
+        producer = stream.producer(NAME)
+        thread = threading.Thread(target=producer.append_many, args=(messages(0, 12),), daemon=True)
+        thread.start()
+        for kept in ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]):
+            eventually(lambda kept=kept: stored(db) == kept)
+            stream.clear()
+        thread.join(10)
+        assert producer.token == 12
+
+
 def test_a_cancelled_source_in_this_thread_is_told(url):
     with mb.stream('test', url=url, max_backlog=1) as stream:
         timer = threading.Timer(0.5, stream.stop)

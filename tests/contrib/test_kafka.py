@@ -1,7 +1,6 @@
 """The Kafka source and sink, against a real broker."""
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import random
@@ -11,7 +10,6 @@ import subprocess
 import threading
 import time
 import uuid
-import warnings
 from contextlib import contextmanager
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -34,17 +32,9 @@ from minibatch.testing import InlineExecutor
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.usefixtures('collected'),
     pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning', 'ignore::ResourceWarning'),
 ]
-
-
-@pytest.fixture(autouse=True)
-def collected():
-    """kafka-python leaves sockets whose connection failed to the garbage collector; it is not to meet other tests."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', ResourceWarning)
-        gc.collect()
 
 
 @pytest.fixture(scope='module')
