@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import re
@@ -32,7 +31,7 @@ try:
     )
     from kafka.structs import OffsetAndMetadata
 except ImportError as exc:
-    raise ImportError('KafkaSource and KafkaSink need kafka-python: pip install minibatch[kafka]') from exc
+    raise ImportError('KafkaSource and KafkaSink need kafka-python 3: pip install minibatch[kafka]') from exc
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class KafkaSource:
     double a message. The offset is committed to Kafka too, after that, for tools which show the lag of the group; what
     Kafka has committed counts only where this stream has read nothing of a partition yet, then
     ``auto_offset_reset``. The stored offset is of this cluster (by its id, else by `urls`), this topic (by its id,
-    from Kafka 2.8 and with kafka-python 3; a topic that was deleted and made again is another one) and partition.
+    from Kafka 2.8 on; a topic that was deleted and made again is another one) and partition.
 
     **What may be lost**: messages which Kafka deleted (its retention) before they were read; a warning says which
     offsets. Reading goes on as ``auto_offset_reset`` says, 'none' fails instead. Where a topic has no id, one that was
@@ -130,6 +129,7 @@ class KafkaSource:
             raise ArgumentError('enable_auto_commit=True would lose messages; they are committed when they are stored')
         if not isinstance(self._configs['group_id'], str) or not self._configs['group_id']:
             raise ArgumentError(f'group_id must be a string that is not empty, not {self._configs["group_id"]!r}')
+        self._configs.setdefault('heartbeat_interval_ms', self._configs['session_timeout_ms'] // 4)
         self._reset = self._configs.pop('auto_offset_reset')
         if self._reset not in ('earliest', 'latest', 'none'):
             raise ArgumentError(f"auto_offset_reset must be 'earliest', 'latest' or 'none', not {self._reset!r}")
@@ -265,10 +265,9 @@ class _Reader(ConsumerRebalanceListener):  # type: ignore[misc]
         self._changed = True
 
     def _on_metadata(self, cluster: Any) -> None:
-        """Note the ids of topics. Brokers before 2.8, and kafka-python 2, do not tell them."""
-        id_of = getattr(cluster, 'topic_id', lambda topic: None)
+        """Note the ids of topics. Brokers before Kafka 2.8 do not tell them."""
         for topic in cluster.topics(exclude_internal_topics=False):
-            self._topic_ids[topic] = str(id_of(topic) or self._topic_ids.get(topic, ''))
+            self._topic_ids[topic] = str(cluster.topic_id(topic) or self._topic_ids.get(topic, ''))
 
     def _on_commit(self, offsets: Any, response: Any) -> None:
         if isinstance(response, Exception):
@@ -542,25 +541,22 @@ def _checked_urls(urls: Any) -> list[str]:
 
 
 def _checked_configs(client: Any, defaults: dict[str, Any], configs: dict[str, Any]) -> dict[str, Any]:
-    """Our defaults, as far as this version of kafka-python knows them, and what the user has given."""
-    known = client.DEFAULT_CONFIG
+    """Our defaults, and what the user has given."""
     if 'bootstrap_servers' in configs:
         raise ArgumentError('bootstrap_servers is called urls here')
     for name in configs:
-        if name not in known:
+        if name not in client.DEFAULT_CONFIG:
             raise ArgumentError(f'{name} is no argument, and no configuration of kafka.{client.__name__}')
-    return {name: value for name, value in {**defaults, **configs}.items() if name in known}
+    return {**defaults, **configs}
 
 
 def _coder(configs: dict[str, Any], name: str, default: Any) -> _Coder:
     """Take a (de)serializer out of configs, as a function of topic, headers and data."""
     given = configs.pop(name, None) or default
     method = 'deserialize' if name.endswith('_deserializer') else 'serialize'
-    act = getattr(given, method, None)
-    if act is not None:
-        if len(inspect.signature(act).parameters) == 2:  # those of kafka-python 2 take no headers
-            return lambda topic, headers, data: act(topic, data)
-        return lambda topic, headers, data: act(topic, headers, data)
+    if hasattr(given, method):
+        coder: _Coder = getattr(given, method)
+        return coder
     if not callable(given):
         raise ArgumentError(f'{name} must be a function, or have a method {method}, not {given!r}')
     return lambda topic, headers, data: given(data)

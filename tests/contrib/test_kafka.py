@@ -18,7 +18,6 @@ import pytest
 from bson import ObjectId
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import OffsetOutOfRangeError
-from kafka.net.compat import KafkaNetClient
 from kafka.serializer import JsonSerializer
 from processes import FAULTS, SEED, Row, is_stopped, running
 from servers import eventually, free_port
@@ -26,6 +25,7 @@ from servers_kafka import Broker
 
 import minibatch as mb
 from minibatch.abc import ExactlyOnceSink, Sink
+from minibatch.contracts import SinkContract, SourceContract
 from minibatch.contrib.kafka import KafkaSink, KafkaSource
 from minibatch.errors import ArgumentError, DataError
 from minibatch.testing import InlineExecutor
@@ -116,6 +116,37 @@ def prove(db, scenario, count, producers=1, name='test'):
     FAULTS.append(row)
     assert (row.lost, row.doubled, row.ordered) == (0, 0, True), row
     assert len({meta['partition'] for _, meta in found}) == producers
+
+
+# --- the contracts
+
+
+class TestSource(SourceContract):
+    @pytest.fixture(autouse=True)
+    def _place(self, broker, topic, url):
+        self.broker, self.topic, self.url = broker, topic, url
+
+    def make(self):
+        return source(self.broker, self.topic)
+
+    def send(self, numbers):
+        self.broker.send(self.topic, [b'{"i": %d}' % i for i in numbers])
+
+
+class TestSink(SinkContract):
+    @pytest.fixture(autouse=True)
+    def _place(self, broker, topic):
+        self.broker, self.topic, self.made = broker, topic, []
+        yield
+        for sink in self.made:
+            sink.close()
+
+    def make(self):
+        self.made.append(KafkaSink(self.topic, self.broker.url))
+        return self.made[-1]
+
+    def received(self):
+        return [json.loads(record.value) for record in self.broker.received(self.topic, 1)]
 
 
 # --- what a message is
@@ -310,11 +341,18 @@ def test_none_fails_where_nothing_says_where_to_begin(broker, topic, stream):
         source(broker, topic, auto_offset_reset='none').stream(stream)
 
 
-@pytest.mark.parametrize(('reset', 'found'), [('earliest', [10, 11, 12]), ('none', [])])
-def test_messages_that_kafka_has_deleted_are_told(broker, topic, stream, db, caplog, monkeypatch, reset, found):
+@pytest.mark.parametrize(('reset', 'offset', 'said'), [
+    ('earliest', -7, 'offsets -7 to -1 of {}/0 are skipped: Kafka has deleted messages there'),
+    ('earliest', 100, 'reading {}/0 from offset 0, as it does not reach 100'),
+    ('none', 100, None),
+])  # fmt: skip
+def test_an_offset_that_kafka_does_not_have_is_told(
+    broker, topic, stream, db, caplog, monkeypatch, reset, offset, said
+):
     """The broker here never says that an offset is out of range, so this reply alone is made up."""
-    broker.send(topic, numbers(*range(10, 13)))
-    replies = iter([OffsetOutOfRangeError({TopicPartition(topic, 0): -7})])
+    broker.send(topic, numbers(10, 11, 12))
+    commit(broker, topic, 0)
+    replies = iter([OffsetOutOfRangeError({TopicPartition(topic, 0): offset})])
     poll = KafkaConsumer.poll
 
     def out_of_range(self, **options):
@@ -324,17 +362,16 @@ def test_messages_that_kafka_has_deleted_are_told(broker, topic, stream, db, cap
         return records
 
     monkeypatch.setattr(KafkaConsumer, 'poll', out_of_range)
-    reader = source(broker, topic, auto_offset_reset='earliest')
-    reader._reset = reset
-    commit(broker, topic, 0)
-    if reset == 'none':
-        with pytest.raises(OffsetOutOfRangeError):
-            reader.stream(stream)
-    else:
+    reader = source(broker, topic, auto_offset_reset=reset)
+    if said:
         with attached(stream, reader):
             arrived(db, 3)
-        assert f'offsets -7 to -1 of {topic}/0 are skipped' in caplog.text
-    assert [data['i'] for data in datas(db)] == found
+        assert said.format(topic) in caplog.text
+        assert datas(db) == [{'i': 10}, {'i': 11}, {'i': 12}]
+    else:
+        with pytest.raises(OffsetOutOfRangeError):
+            reader.stream(stream)
+        assert datas(db) == []
 
 
 # --- arguments
@@ -390,7 +427,7 @@ def test_security_settings_reach_kafka(broker, stream, adapter):
 
     def client(**configs):
         reached.update(configs)
-        return KafkaNetClient(**configs)
+        return KafkaConsumer.DEFAULT_CONFIG['kafka_client'](**configs)
 
     one = adapter('a', broker.url, kafka_client=client, bootstrap_timeout_ms=300, **given)
     with pytest.raises(ConnectionError, match='or the security settings are not right') as caught:
@@ -748,9 +785,8 @@ def test_nothing_is_sent_of_a_list_with_an_item_that_cannot_be(broker, topic, si
     assert values(broker, topic, 1) == [{'a': 2}]
 
 
-@pytest.mark.parametrize('compression', ['gzip', 'snappy', 'lz4', 'zstd'])
-def test_messages_may_be_compressed(broker, topic, sink, stream, db, compression):
-    sink(topic, compression_type=compression).put([{'i': i, 'text': 'x' * 100} for i in range(500)])
+def test_messages_may_be_compressed(broker, topic, sink):
+    sink(topic, compression_type='gzip').put([{'i': i, 'text': 'x' * 100} for i in range(500)])
     assert [value['i'] for value in values(broker, topic, 500)] == list(range(500))
 
 
