@@ -45,8 +45,10 @@ HISTORY_LOST = {
     280,  # ChangeStreamFatalError
     286,  # ChangeStreamHistoryLost
 }
+SNAPSHOT_PAUSE = 0.2
+NO_SNAPSHOTS = 72  # InvalidOptions: before MongoDB 5.0
 SNAPSHOT_LOST = {
-    72,  # InvalidOptions: before MongoDB 5.0
+    NO_SNAPSHOTS,
     239,  # SnapshotTooOld
     246,  # SnapshotUnavailable
 }
@@ -250,11 +252,7 @@ class MongoReplicasetSource:
             try:
                 documents = self._page(scan)
             except OperationFailure as exc:
-                if exc.code not in SNAPSHOT_LOST or not scan['snapshot']:
-                    raise
-                logger.warning('collection %s can no longer be read as it was (error %s): what changes while it is '
-                               'read may come twice', self.collection.full_name, exc.code)  # fmt: skip
-                scan = {**scan, 'snapshot': False}
+                scan = self._without_snapshot(producer, scan, exc)
                 continue
             if not documents:
                 producer.save(_behind(scan['at']))
@@ -265,6 +263,18 @@ class MongoReplicasetSource:
                 meta = {'operation': 'rescan', 'id': document['_id'], 'time': scan['at'].as_datetime()}
                 messages.append(message(document, {'scan': scan}, meta))
             producer.append_many(messages)
+
+    def _without_snapshot(self, producer: Any, scan: Mapping[str, Any], exc: OperationFailure) -> Mapping[str, Any]:
+        """How to go on reading when the collection cannot be read as it was at that time."""
+        if exc.code not in SNAPSHOT_LOST or not scan['snapshot']:
+            raise exc
+        if 'after' not in scan and exc.code != NO_SNAPSHOTS:  # nothing was brought, so another time will do
+            self._cancelled.wait(SNAPSHOT_PAUSE)
+            producer.save(_scan(self._now()))
+            return dict(producer.token['scan'])
+        logger.warning('collection %s cannot be read any more as it was (error %s): what changes while it is read may '
+                       'come twice', self.collection.full_name, exc.code)  # fmt: skip
+        return {**scan, 'snapshot': False}
 
     def _page(self, scan: Mapping[str, Any]) -> list[RawBSONDocument]:
         """The documents that follow, by _id in the order of all types, which a filter would not compare."""

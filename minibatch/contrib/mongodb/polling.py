@@ -169,7 +169,7 @@ class MongoSource:
         needed = [self._idcol, '_id']
         indexes = self.collection.index_information() if self._idcol != '_id' else {}
         if indexes and not any([field for field, _ in index['key']][:2] == needed for index in indexes.values()):
-            self._say("collection %s has no index for each poll, which reads all of it; create_index([(%r, 1), ('_id', 1)])",
+            self._say("collection %s has no index to poll, so all of it is read; create_index([(%r, 1), ('_id', 1)])",
                       self.collection.full_name, self._idcol)  # fmt: skip
 
     def _say(self, text: str, *args: Any) -> None:
