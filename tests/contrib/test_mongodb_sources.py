@@ -1,19 +1,17 @@
-"""MongoSource and MongoReplicasetSource on real MongoDB servers: what they bring, and what they pass over."""
+"""MongoSource on a real MongoDB: what it brings, in which order, and what it passes over."""
 from __future__ import annotations
 
 import logging
 import random
 import threading
 import time
-from collections import Counter
-from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 
 import bson
 import pytest
-from bson import Binary, DatetimeMS, Decimal128, ObjectId, Timestamp
-from bson.raw_bson import RawBSONDocument
+from bringing import DELAY, await_numbers, brought, id_at, numbers, poll, running, tokens
+from bson import Binary, Decimal128, ObjectId, Timestamp
 from processes import SEED
 from servers import eventually
 
@@ -22,61 +20,11 @@ from minibatch.contracts import SourceContract
 from minibatch.contrib.mongodb import MongoReplicasetSource, MongoSource, ids, polling
 from minibatch.errors import ArgumentError
 
-DELAY = 0.02
-
 
 @pytest.fixture
 def things(db):
     """The collection that is read, which is in the database of the stream."""
     return db.things
-
-
-@contextmanager
-def running(source, url, name='test'):
-    """A source at work on a stream."""
-    with mb.stream(name, url=url) as stream:
-        stream.attach(source)
-        yield stream
-
-
-def poll(things, **options):
-    return MongoSource(things, **{'delay': DELAY, **options})
-
-
-def messages(db, name='test'):
-    """What a stream has: (data, meta), in the order of the logs of its producers."""
-    found = []
-    for doc in db.buffer.find({'stream': name}).sort([('producer', 1), ('offset', 1)]):
-        data = doc['batch'] if 'batch' in doc else [doc['data']]
-        found += zip(data, doc.get('meta') or [None] * len(data), strict=True)
-    return found
-
-
-def brought(db, name='test'):
-    return [data for data, _ in messages(db, name)]
-
-
-def numbers(db, name='test'):
-    return [data['i'] for data in brought(db, name)]
-
-
-def await_numbers(db, wanted, name='test'):
-    """Wait until all of them are there, and see that nothing is there twice; returns them in their order."""
-    wanted = set(wanted)
-    eventually(lambda: wanted <= set(numbers(db, name)), 30)
-    found = numbers(db, name)
-    assert Counter(found) == Counter(wanted), f'seed {SEED}'
-    return found
-
-
-def tokens(db, name='test'):
-    return [doc['token'] for doc in db.buffer.find({'stream': name}).sort([('producer', 1), ('offset', 1)])]
-
-
-def id_at(seconds):
-    """An ObjectId made so many seconds from now."""
-    time_ = int(time.time() + seconds)
-    return ObjectId(time_.to_bytes(4, 'big') + random.randbytes(8))
 
 
 @pytest.fixture
@@ -97,12 +45,7 @@ class TestMongoSource(SourceContract):
         self.url, self.things = url, things
 
 
-class TestMongoReplicasetSource(TestMongoSource):
-    def make(self):
-        return MongoReplicasetSource(self.things, start='earliest')
-
-
-# --- polling: documents
+# --- documents
 
 
 EVERYTHING = {
@@ -154,7 +97,7 @@ def test_more_than_fits_into_memory_comfortably_comes_in_several_pages(url, db, 
     assert [doc['n'] for doc in db.buffer.find({}, {'n': 1})] == [1] * 6
 
 
-# --- polling: order
+# --- order
 
 
 @pytest.mark.parametrize('size', [1, 3, 1000])
@@ -186,7 +129,7 @@ def test_ids_of_all_types_are_brought_and_each_type_grows_by_itself(url, db, thi
     things.insert_many(docs[::2])
     with running(poll(things, size=size, idcol=idcol, overlap=0), url):
         await_numbers(db, range(0, len(docs), 2))
-    later = [bson.Int64(2**61), 'b', ObjectId(), {'a': 3}, b'longer than others', datetime(2027, 1, 1), Timestamp(10, 1)]
+    later = [bson.Int64(2**61), 'b', ObjectId(), {'a': 3}, b'longer than all', datetime(2027, 1, 1), Timestamp(10, 1)]
     things.insert_many([{idcol: value, 'i': 100 + i} for i, value in enumerate(later)])
     with running(poll(things, size=size, idcol=idcol, overlap=0), url):
         await_numbers(db, [*range(0, len(docs), 2), *range(100, 107)])
@@ -222,7 +165,7 @@ def test_a_poll_reads_no_more_than_it_brings(db, things):
     assert found.explain()['executionStats']['totalKeysExamined'] <= 35
 
 
-# --- polling: what becomes visible late
+# --- what becomes visible late
 
 
 LATE = {
@@ -390,7 +333,7 @@ def test_a_document_that_is_deleted_is_forgotten_and_comes_again_when_it_is_inse
         await_numbers(db, range(8))
 
 
-# --- polling: which position
+# --- which position
 
 
 def test_a_collection_that_is_made_again_is_brought_from_the_start_and_one_that_is_renamed_goes_on(url, db, things):
@@ -439,41 +382,3 @@ def test_a_subclass_says_what_is_appended(url, db, things):
 def test_wrong_arguments_of_a_polling_source_are_refused_by_name(db, wrong, why):
     with pytest.raises(ArgumentError, match=why):
         MongoSource(**{'collection': db.things, **wrong})
-
-
-# --- malformed documents
-
-
-def nested(levels):
-    doc = {}
-    for _ in range(levels):
-        doc = {'a': doc}
-    return doc
-
-
-def malformed():
-    """Documents that MongoDB has, and a stream cannot have, or Python cannot read."""
-    bad_text = bson.encode({'_id': 2, 'text': 'xyz'}).replace(b'xyz', b'\xff\xfez')
-    return {
-        '$ref': {'_id': 1, 'ref': bson.DBRef('things', 1)}, 'utf-8': RawBSONDocument(bad_text),
-        'year': {'_id': 3, 'date': DatetimeMS(10**15)}, 'nested': {'_id': 4, 'deep': nested(178)},
-        'bytes': {'_id': 5, 'text': 'x' * (16 * 1024 * 1024 - 40)},
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize('make', [poll, lambda things: MongoReplicasetSource(things, start='earliest'),
-                                  lambda things: MongoReplicasetSource(things)], ids=['poll', 'rescan', 'changes'])
-def test_malformed_documents_go_to_the_dead_letters_and_those_between_them_to_the_stream(url, db, things, make):
-    good = [{'_id': i + 0.5, 'i': i} for i in range(6)]
-    with running(make(things), url):
-        eventually(lambda: db.source.count_documents({}) or make is poll)
-        for i, doc in enumerate(malformed().values()):
-            things.insert_many([good[i], doc])
-        things.insert_one(good[5])
-        await_numbers(db, range(6))
-        dead = 'test.dead_letters'
-        eventually(lambda: len(brought(db, dead)) == 5)
-    with running(make(things), url):
-        things.insert_one({'_id': 100, 'i': 6})
-        await_numbers(db, range(7))
-    assert all(wanted in doc['error'] for wanted, doc in zip(malformed(), brought(db, dead), strict=True))

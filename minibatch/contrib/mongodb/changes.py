@@ -208,22 +208,25 @@ class MongoReplicasetSource:
             self._recover(producer, place, exc)
 
     def _messages(self, event: RawBSONDocument) -> Iterator[SourceMessage]:
-        """A change as a message; none if the document is gone."""
-        operation = 'update' if event['operationType'] == 'replace' else event['operationType']
+        """A change as a message; none if the document is gone, or the collection got another name."""
+        operation = event['operationType']
+        if operation == 'rename':
+            return
         key = event.get('documentKey', {}).get('_id')
         changed = event.get('wallTime') or event['clusterTime'].as_datetime()
         document = {'_id': key} if operation == 'delete' else event.get('fullDocument')
-        if document is not None and operation != 'rename':
-            meta = {'operation': operation, 'id': key, 'time': changed}
+        if document is not None:
+            meta = {'operation': 'update' if operation == 'replace' else operation, 'id': key, 'time': changed}
             yield message(document, {'resume': event['_id'], 'time': changed}, meta)
 
     def _replaces(self, event: RawBSONDocument) -> bool:
         """Whether another collection was renamed to the name of this one."""
-        names = (self.collection.database.name, self.collection.name)
-        return event['operationType'] == 'rename' and (event['to']['db'], event['to']['coll']) == names
+        to = event.get('to')
+        return to is not None and f'{to["db"]}.{to["coll"]}' == self.collection.full_name
 
     def _ends(self, event: RawBSONDocument) -> bool:
-        return event['operationType'] == 'invalidate' or self._replaces(event)
+        operation = event['operationType']
+        return operation == 'invalidate' or (operation == 'rename' and self._replaces(event))
 
     def _go_on_behind(self, producer: Any, event: RawBSONDocument) -> None:
         name = self.collection.full_name
