@@ -351,3 +351,16 @@ def test_a_position_of_another_server_is_history_that_is_lost(url, db, things, f
     with running(MongoReplicasetSource(things, name='mine'), url):
         await_numbers(db, range(10))
     assert any('has no longer all changes' in said for said in warnings())
+
+
+def test_a_change_that_is_too_large_for_an_event_is_recovered_as_lost_history_is(url, db, things, warnings):
+    with running(MongoReplicasetSource(things), url):
+        started(db)
+        things.insert_one({'_id': 1, 'i': 1})
+        things.insert_one({'_id': 'x' * 3_500_000, 'text': 'x' * 4_000_000, 'i': 3})
+        things.insert_one({'_id': 2, 'i': 2})
+        eventually(lambda: {2, 3} <= set(numbers(db)), 40)
+        things.insert_one({'_id': 4, 'i': 4})
+        eventually(lambda: 4 in numbers(db))
+    assert numbers(db) == [1, 1, 2, 3, 4]
+    assert any('(error 10334)' in said for said in warnings())

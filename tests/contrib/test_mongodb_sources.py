@@ -69,7 +69,7 @@ def test_a_document_is_brought_byte_by_byte(url, db, things, make):
 def test_the_documents_of_a_view_are_brought(url, db, things):
     things.insert_many([{'i': i} for i in range(10)])
     db.create_collection('even', viewOn='things', pipeline=[{'$match': {'i': {'$mod': [2, 0]}}}])
-    with running(poll(db.even), url):
+    with running(poll(db.even, idcol='i'), url):
         await_numbers(db, range(0, 10, 2))
 
 

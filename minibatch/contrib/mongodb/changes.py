@@ -44,6 +44,7 @@ HISTORY_LOST = {
     260,  # InvalidResumeToken
     280,  # ChangeStreamFatalError
     286,  # ChangeStreamHistoryLost
+    10334,  # BSONObjectTooLarge: a change whose _id and document are too large together is told by no server
 }
 SNAPSHOT_PAUSE = 0.2
 NO_SNAPSHOTS = 72  # InvalidOptions: before MongoDB 5.0
@@ -56,7 +57,7 @@ UPDATES = ['update', 'replace']
 
 
 class MongoReplicasetSource:
-    """A source that follows the changes of a collection on a replica set or sharded cluster, as they happen.
+    """A source that follows the changes of a collection on a replica set, as they happen.
 
     Every insert becomes a message: the document, as it was inserted. With ``updates=True`` and ``deletes=True`` so do
     the others. The data is always a document, whatever the options, so that a function for inserts needs no change:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from bson.raw_bson import RawBSONDocument
 from pymongo.collection import Collection
+from pymongo.errors import OperationFailure
 
 from minibatch.errors import ArgumentError
 
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SEEN = 10_000
 FINGERPRINT = 8
+TOGETHER = 1000
 LOOK_PAUSE = 60.0
 BINARY_ORDER = {'locale': 'simple'}
 UNFIT = ['null', 'undefined', 'array', 'regex', 'javascript', 'javascriptWithScope', 'symbol', 'dbPointer',
@@ -167,7 +169,10 @@ class MongoSource:
 
     def _check_index(self) -> None:
         needed = [self._idcol, '_id']
-        indexes = self.collection.index_information() if self._idcol != '_id' else {}
+        try:
+            indexes = self.collection.index_information() if self._idcol != '_id' else {}
+        except OperationFailure:  # it is a view, or we may not
+            return
         if indexes and not any([field for field, _ in index['key']][:2] == needed for index in indexes.values()):
             self._say("collection %s has no index to poll, so all of it is read; create_index([(%r, 1), ('_id', 1)])",
                       self.collection.full_name, self._idcol)  # fmt: skip
@@ -373,9 +378,12 @@ class _Pass:
     # --- appending
 
     def _append(self, docs: list[RawBSONDocument], ahead: bool) -> None:
+        """Append documents, so many at a time that their tokens are not too large together."""
+        for start in range(0, len(docs), TOGETHER):
+            self._append_some(docs[start : start + TOGETHER], ahead)
+
+    def _append_some(self, docs: list[RawBSONDocument], ahead: bool) -> None:
         """Append documents, each with the token that says what is brought with it."""
-        if not docs:
-            return
         reach, source = self._reach, self._source
         others = {kind: other.packed() for kind, other in self._reaches.items() if kind != self._kind and other.top}
         low, top, seen, new = reach.low, reach.top, b''.join(reach.seen), {}
@@ -383,7 +391,7 @@ class _Pass:
         messages = []
         for doc in docs:
             value = doc[source._idcol]
-            here = Bound(value, id=doc['_id']).packed()
+            here = Bound(value, id=None if source._idcol == '_id' else doc['_id']).packed()
             top = here if ahead else top
             if self._is_settled(value):
                 low = here
