@@ -42,9 +42,11 @@ class Mirror:
         self.done.update(operation for operation, *_ in changes)
 
 
-def consumer():
+def started():
     source = MongoReplicasetSource(planes, updates=True, deletes=True, start='earliest', name=run)
-    return mb.make_emitter('example-mirror', changes, size=500, max_wait=0.1, workers=1, source=source, sink=mirror)
+    emitter = mb.make_emitter('example-mirror', changes, size=500, max_wait=0.1, workers=1, source=source, sink=mirror)
+    emitter.start()
+    return emitter
 
 
 run = f'mirror {time.time_ns()}'  # the name of the position, so that each run of this example begins anew
@@ -53,14 +55,12 @@ planes, copy = db['example_mirror_planes'], db['example_mirror_copy']
 planes.drop()
 copy.drop()
 mirror = Mirror(copy)
-running = consumer()
-running.start()
+running = started()
 for day, departures in flights.groupby('day'):
     if day == 3:
         running.stop()
     elif day == 5:
-        running = consumer()
-        running.start()
+        running = started()
     for plane, miles in zip(departures.tailnum, departures.distance, strict=True):
         more = {'$inc': {'flights': 1, 'miles': miles}, '$set': built.loc[plane].to_dict()}
         planes.update_one({'_id': plane}, more, upsert=True)
