@@ -50,8 +50,7 @@ def started():
 
 
 run = f'mirror {time.time_ns()}'  # the name of the position, so that each run of this example begins anew
-db = mb.connectdb()
-planes, copy = db['example_mirror_planes'], db['example_mirror_copy']
+planes, copy = (mb.connectdb()[f'example_mirror_{name}'] for name in ('planes', 'copy'))
 planes.drop()
 copy.drop()
 mirror = Mirror(copy)
