@@ -65,6 +65,13 @@ def test_the_words_are_counted_through_kafka_as_plain_python_does(run):
     assert re.fullmatch(said, out.splitlines()[-1])
 
 
+def test_the_mirror_of_a_collection_is_the_same_after_every_change_and_an_interruption(run, db):
+    out = run('mirror.py')
+    assert re.search(r'^([0-9,]+) planes in both, each the same: True$', out, re.MULTILINE)
+    assert re.search(r'^brought: [0-9]{2,} x delete, [0-9,]{3,} x insert, .*[0-9,]{3,} x update$', out, re.MULTILINE)
+    assert list(db.example_mirror_copy.find().sort('_id', 1)) == list(db.example_mirror_planes.find().sort('_id', 1))
+
+
 @pytest.mark.parametrize('command', [['weather.py'], ['flights.py', '1000']])
 def test_an_example_can_be_run_again(run, command):
     assert run(*command).splitlines()[-1] == run(*command).splitlines()[-1]
