@@ -31,7 +31,9 @@ LEVELS = {
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
 MAY_IMPORT_CONTRIB = {'cli', 'demo', 'contrib'}
-MAY_HOLD_OPERATORS = {'store', 'ledger', 'dead', 'contrib.mongodb'}
+MAY_HOLD_OPERATORS = {
+    'store', 'ledger', 'dead', 'contrib.mongodb.sink', 'contrib.mongodb.polling', 'contrib.mongodb.changes',
+}
 DBREF_FIELDS = {'$ref', '$id', '$db'}  # names inside a value, which tell MongoDB to do nothing
 PUBLIC_TO_CONTRIB = {'', 'abc', 'errors', 'contrib'}
 

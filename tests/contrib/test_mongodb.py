@@ -11,8 +11,8 @@ from servers import Mongod, Proxy, eventually
 
 import minibatch as mb
 from minibatch.abc import BulkSink, ExactlyOnceSink, Sink
-from minibatch.contrib import mongodb
 from minibatch.contrib.mongodb import MongoSink
+from minibatch.contrib.mongodb import sink as mongodb
 from minibatch.errors import ArgumentError, DataError, LeaseLostError
 
 WINDOW = 'numbers (+1.5)/default/7'
