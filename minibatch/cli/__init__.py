@@ -1,0 +1,82 @@
+"""The command line, ``minibatch``: thin, over the modules that do the work and that are imported when needed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from ..errors import MinibatchError
+from . import dead, groups, run, server
+
+INTERRUPTED = 130
+
+
+class _Main(click.Group):
+    """A group whose commands end with one line for an error, instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from pymongo.errors import PyMongoError
+
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo('interrupted', err=True)
+            ctx.exit(INTERRUPTED)
+        except (MinibatchError, PyMongoError, OSError) as exc:
+            if isinstance(exc, BrokenPipeError):
+                raise  # of `minibatch ... | head`; click ends quietly
+            if ctx.params['debug']:
+                traceback.print_exc()
+            kind = '' if isinstance(exc, MinibatchError) else f'{type(exc).__name__}: '
+            click.echo(f'error: {kind}{exc}', err=True)
+            ctx.exit(1)
+
+
+def _version(ctx: click.Context, param: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        try:
+            version = importlib.metadata.version('minibatch')
+        except importlib.metadata.PackageNotFoundError:
+            version = '(not installed)'
+        click.echo(f'minibatch {version}, Python {sys.version.split()[0]}')
+        ctx.exit()
+
+
+@click.group(cls=_Main, context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 100})
+@click.option('--debug', is_flag=True, help='Show the traceback of an error.')
+@click.option('--version', is_flag=True, is_eager=True, expose_value=False, callback=_version,
+              help='Show the version and exit.')  # fmt: skip
+def main(debug: bool) -> None:
+    """Stream processing for humans, on MongoDB.
+
+    \b
+    Examples:
+      minibatch demo             see it work, for 15 seconds
+      minibatch groups list      the consumer groups: how far behind, and who leads them
+      minibatch dead list        the windows that have failed for good
+      minibatch server status    the embedded MongoDB: does it run, and where
+      minibatch demo --help      every command has its own help
+
+    \b
+    Exit codes:
+      0    done
+      1    an error, said in one line on stderr; the demo has lost messages; a question was answered with no
+      2    a wrong command, option or argument
+      3    `server status`: the embedded MongoDB is not running
+      130  interrupted by Ctrl-C before there was anything to sum up
+
+    \b
+    Environment:
+      MINIBATCH_MONGO_URL, MONGO_URL    where MongoDB is; without them, and without --url, the embedded one
+      MINIBATCH_HOME                    the folder of the embedded MongoDB
+      MINIBATCH_MONGOD                  the mongod program of the embedded MongoDB
+    """
+
+
+for command in (run.demo, server.server, groups.groups_, dead.dead):
+    main.add_command(command)
+main.add_command(groups.reset_group, 'reset')
