@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..errors import MinibatchError
-from . import dead, groups, run, server
+from . import completion, dead, groups, messages, run, server, streams
 
 INTERRUPTED = 130
 
@@ -56,7 +56,10 @@ def main(debug: bool) -> None:
     \b
     Examples:
       minibatch demo             see it work, for 15 seconds
+      minibatch streams          the streams: how many messages, how far behind their consumers are
       minibatch groups list      the consumer groups: how far behind, and who leads them
+      minibatch append NAME      messages from a file or standard input into a stream
+      minibatch run FILE.py      the decorated functions of a module, as a service
       minibatch dead list        the windows that have failed for good
       minibatch server status    the embedded MongoDB: does it run, and where
       minibatch demo --help      every command has its own help
@@ -64,10 +67,11 @@ def main(debug: bool) -> None:
     \b
     Exit codes:
       0    done
-      1    an error, said in one line on stderr; the demo has lost messages; a question was answered with no
+      1    an error, said in one line on stderr; the demo has lost messages; a question was answered with no;
+           the reader of a pipe has gone
       2    a wrong command, option or argument
       3    `server status`: the embedded MongoDB is not running
-      130  interrupted by Ctrl-C before there was anything to sum up
+      130  interrupted by Ctrl-C; what only ends so (tail, lag --watch, run, app), and the demo, end with 0
 
     \b
     Environment:
@@ -77,6 +81,9 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (run.demo, server.server, groups.groups_, dead.dead):
+COMMANDS = (
+    run.demo, server.server, streams.streams, streams.lag, groups.groups_, groups.reset_group, messages.append,
+    messages.tail, dead.dead, run.run, run.app, completion.completion,
+)  # fmt: skip
+for command in COMMANDS:
     main.add_command(command)
-main.add_command(groups.reset_group, 'reset')

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -57,3 +61,37 @@ def ask(question: str, yes: bool) -> None:
     if not click.confirm(plain(question), err=True):
         click.echo('nothing was changed', err=True)
         raise click.exceptions.Exit(1)
+
+
+# --- what the Tab key offers
+
+SAFE = re.compile(r'[\w./@%+=,-]+')
+QUICK: dict[str, Any] = {'serverSelectionTimeoutMS': 500, 'connectTimeoutMS': 500, 'socketTimeoutMS': 1000}
+
+
+def stream_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """The streams whose name begins so."""
+    from .. import store
+
+    return _offered(ctx, incomplete, lambda where: store.stream_names(where.majority, 1000))
+
+
+def group_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """The consumer groups, of the stream named before, whose name begins so."""
+    from .. import groups
+
+    stream = ctx.params.get('stream')
+    return _offered(ctx, incomplete, lambda where: [group.name for group in groups.groups_of(where, stream)])
+
+
+def _offered(ctx: click.Context, incomplete: str, names: Callable[[Target], list[str]]) -> list[str]:
+    """Names that a shell can take as they are; none if there is no server. No server is started for it."""
+    from .. import connection, embedded
+
+    with suppress(Exception):
+        given = ctx.params.get('url') or any(map(os.environ.get, connection.URL_VARIABLES))
+        url = ctx.params.get('url') or (None if given else embedded.status().url)
+        if given or url:
+            found = names(connection.target(url, **QUICK))
+            return sorted({name for name in found if name.startswith(incomplete) and SAFE.fullmatch(name)})
+    return []

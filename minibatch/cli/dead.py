@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import as_json, ask, fields_of, find_stream, find_target, url_option, yes_option
+from .common import as_json, ask, fields_of, find_stream, find_target, stream_names, url_option, yes_option
 from .output import count_text, plain, print_json, print_table, time_text
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ MOST_IN_LIST = 200
 MAX_LISTED = 10
 
 group_option = click.option('--group', metavar='GROUP', help='Only those of this consumer group.')
-all_option = click.option('--all', 'every', metavar='STREAM', help='All dead letters of this stream, instead of ids.')
+all_option = click.option('--all', 'every', metavar='STREAM', shell_complete=stream_names,
+                          help='All dead letters of this stream, instead of ids.')  # fmt: skip
 
 
 @click.group()
@@ -34,7 +35,7 @@ def dead() -> None:
 
 
 @dead.command('list')
-@click.argument('stream', required=False)
+@click.argument('stream', required=False, shell_complete=stream_names)
 @group_option
 @url_option
 @as_json

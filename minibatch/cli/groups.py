@@ -7,7 +7,18 @@ from datetime import datetime
 
 import click
 
-from .common import as_json, ask, fields_of, find_stream, find_target, title, url_option, yes_option
+from .common import (
+    as_json,
+    ask,
+    fields_of,
+    find_stream,
+    find_target,
+    group_names,
+    stream_names,
+    title,
+    url_option,
+    yes_option,
+)
 from .output import count_text, print_json, print_table, time_text
 
 
@@ -36,7 +47,7 @@ def groups_() -> None:
 
 
 @groups_.command('list')
-@click.argument('stream', required=False)
+@click.argument('stream', required=False, shell_complete=stream_names)
 @url_option
 @as_json
 def list_groups(stream: str | None, url: str | None, as_json: bool) -> None:
@@ -83,8 +94,8 @@ def list_groups(stream: str | None, url: str | None, as_json: bool) -> None:
 
 
 @groups_.command('reset')
-@click.argument('stream')
-@click.argument('group')
+@click.argument('stream', shell_complete=stream_names)
+@click.argument('group', shell_complete=group_names)
 @click.option('--to', callback=_place, required=True, metavar='earliest|latest|TIME',
               help='The oldest message stored; behind the last one; or the first message created at TIME (ISO 8601, '
               'UTC unless it says another zone) or later.')  # fmt: skip
@@ -96,10 +107,12 @@ def reset_group(stream: str, group: str, to: str | datetime, yes: bool, url: str
 
     What it was doing is given up; its dead letters stay. Messages between are processed again, or left out.
 
+    `minibatch reset` and `minibatch groups reset` are the same.
+
     \b
     Examples:
       minibatch groups reset temperature default --to earliest
-      minibatch groups reset temperature default --to 2026-01-31T12:00:00 --yes
+      minibatch reset temperature default --to 2026-01-31T12:00:00 --yes
     """
     from ..groups import messages_from
 
@@ -116,8 +129,8 @@ def reset_group(stream: str, group: str, to: str | datetime, yes: bool, url: str
 
 
 @groups_.command('delete')
-@click.argument('stream')
-@click.argument('group')
+@click.argument('stream', shell_complete=stream_names)
+@click.argument('group', shell_complete=group_names)
 @yes_option
 @url_option
 @as_json

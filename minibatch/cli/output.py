@@ -26,7 +26,7 @@ def print_json(value: dict[str, Any]) -> None:
     from bson import json_util
 
     text = json_util.dumps(value, json_options=json_util.RELAXED_JSON_OPTIONS, ensure_ascii=False)
-    click.echo(''.join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
+    click.echo(text if text.isprintable() else ''.join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
 
 
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
