@@ -31,9 +31,13 @@ INTERRUPTED = 130
               help='Messages per append, at most. What has arrived is not held back to fill one.')  # fmt: skip
 @click.option('--from', 'start', type=click.IntRange(1), default=1, metavar='N',
               help='Begin with line N, or item N of a JSON array, counted from 1.')  # fmt: skip
+@click.option('--timeout', type=click.FloatRange(0.1, 86400), default=60, show_default=True, help='Seconds to wait for '
+              'room, if the stream has a max_backlog, and for MongoDB to confirm.')  # fmt: skip
 @url_option
 @as_json
-def append(name: str, file: BinaryIO, batch: int, start: int, url: str | None, as_json: bool) -> None:
+def append(
+    name: str, file: BinaryIO, batch: int, start: int, timeout: float, url: str | None, as_json: bool
+) -> None:
     """Append the JSON objects in FILE, or on standard input, to the stream NAME, which is made if need be.
 
     NDJSON, one object a line, is appended as it arrives, in little memory. One JSON array of objects, or one object
@@ -54,7 +58,7 @@ def append(name: str, file: BinaryIO, batch: int, start: int, url: str | None, a
     """
     find_target(url)
     source = Input(file)
-    work = Appending(name, url, source, batch)
+    work = Appending(name, url, source, batch, timeout)
     began = time.monotonic()
     with _progress(file, source, work) as show:
         work.run(start, show)
@@ -80,6 +84,8 @@ def _say_how_far(work: Appending, problem: str, as_json: bool) -> None:
     if work.unconfirmed:
         last = work.done + work.unconfirmed
         said += f'; {what}s {following} to {last} may be stored or not. Go on with --from {following} or {last + 1}'
+    elif work.bad == 'all':
+        said += '. Correct it'
     elif work.bad:
         said += f'. Correct it and go on with --from {following}, or leave it out with --from {following + 1}'
     else:
@@ -96,14 +102,14 @@ class Appending:
         done: the number of the last line that is dealt with.
         unconfirmed: how many messages after those may be stored or not.
         problem: why it ended before the end, or ''.
-        bad: whether that was a line that is no message.
+        bad: 'one' if that was a line that is no message, 'all' if it is all of the input, else ''.
         interrupted: whether it was Ctrl-C.
     """
 
-    def __init__(self, name: str, url: str | None, source: Input, batch: int) -> None:
-        self.name, self.source, self._url, self._batch = name, source, url, batch
+    def __init__(self, name: str, url: str | None, source: Input, batch: int, timeout: float) -> None:
+        self.name, self.source, self._url, self._batch, self._timeout = name, source, url, batch, timeout
         self.appended = self.done = self.unconfirmed = 0
-        self.problem, self.bad, self.interrupted = '', False, False
+        self.problem, self.bad, self.interrupted = '', '', False
         self._stream: Stream | None = None
         self._writing = False
 
@@ -115,9 +121,9 @@ class Appending:
                 for batch in self.source.batches(start):
                     self._append(*batch, show)
             except BadInput as exc:
-                self.bad = exc.number > 0
+                self.bad = 'one' if exc.number else 'all'
                 self.done = max(exc.number - 1, self.done)
-                self.problem = f'{self.source.what} {exc.number}: {exc}' if self.bad else str(exc)
+                self.problem = f'{self.source.what} {exc.number:,}: {exc}' if exc.number else str(exc)
             except ServerError as exc:
                 self.problem = str(exc)
             except KeyboardInterrupt:
@@ -140,7 +146,7 @@ class Appending:
         from ..api import stream
 
         if self._stream is None:
-            self._stream = stream(self.name, url=self._url)
+            self._stream = stream(self.name, url=self._url, timeout=self._timeout)
         try:
             self._stream.append_many(messages)
         except DataError as exc:

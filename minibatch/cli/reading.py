@@ -16,7 +16,10 @@ Batch = tuple[list[dict[str, Any]], list[int]]
 
 
 class BadInput(Exception):
-    """A line, or an item of an array, that is no message; `number` says which one, counted from 1."""
+    """A line, or an item of an array, that is no message; `number` says which one, counted from 1.
+
+    It is 0 if all of the input is to be corrected, as an array is read as a whole.
+    """
 
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(reason)
@@ -96,7 +99,7 @@ def _document(text: bytes, start: int) -> Iterator[Batch]:
     items = value if isinstance(value, list) else [value]
     for number, item in enumerate(items, 1):
         if not isinstance(item, dict):
-            raise BadInput(number, _not_an_object(item))
+            raise BadInput(0, f'item {number:,}: {_not_an_object(item)}')
     if items[start - 1 :]:
         yield items[start - 1 :], list(range(start, len(items) + 1))
 
@@ -114,9 +117,7 @@ def _load(raw: bytes) -> Any:
         text = raw.decode()
         if '"$' not in text:
             return json.loads(text)
-        from bson import json_util
-
-        return json_util.loads(text)
+        return _extended(text)
     except json.JSONDecodeError as exc:
         place = f'line {exc.lineno} column {exc.colno}' if b'\n' in raw else f'column {exc.colno}'
         raise ValueError(f'not JSON: {exc.msg} at {place}') from None
@@ -124,7 +125,16 @@ def _load(raw: bytes) -> Any:
         raise ValueError(f'not UTF-8: byte {raw[exc.start]:#04x} at column {exc.start + 1}') from None
     except RecursionError:
         raise ValueError('nested too deeply') from None
-    except (TypeError, KeyError) as exc:  # of Extended JSON that is not right
+
+
+def _extended(text: str) -> Any:
+    from bson import json_util
+
+    try:
+        return json_util.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        raise
+    except Exception as exc:  # of many kinds
         raise ValueError(f'not Extended JSON: {exc}') from None
 
 

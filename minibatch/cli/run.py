@@ -81,7 +81,7 @@ def run(module: str, workers: int | None, log_level: str) -> None:
 @click.option('--host', default='127.0.0.1', show_default=True, help='The address to listen at.')
 @click.option('--port', type=click.IntRange(0, 65535), default=5000, show_default=True, help='The port.')
 @click.option('--token', envvar='MINIBATCH_APP_TOKEN', help='Who has it may append, replay and discard. Without it '
-              'nothing can be changed. Better in MINIBATCH_APP_TOKEN, as other users can see arguments.')  # fmt: skip
+              'nothing can be changed. Better by MINIBATCH_APP_TOKEN: others see arguments.')  # fmt: skip
 def app(url: str | None, host: str, port: int, token: str | None) -> None:
     """The dashboard: streams, consumer groups and dead letters in a web page, until Ctrl-C.
 

@@ -103,7 +103,7 @@ def _check_groups(emitters: Sequence[WindowEmitter]) -> None:
         other = known.setdefault((emitter.stream.target, emitter.name), emitter)
         if other is not emitter:
             raise ArgumentError(
-                f'{describe(other)} and {describe(emitter)} are the same consumer group; give one of them a group='
+                f'{describe(other)} and {describe(emitter)} are one consumer group; give one of them another group='
             )
 
 
