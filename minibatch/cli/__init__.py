@@ -11,6 +11,7 @@ import click
 
 from ..errors import MinibatchError
 from . import completion, dead, groups, messages, run, server, streams
+from .output import plain
 
 INTERRUPTED = 130
 
@@ -21,6 +22,8 @@ class _Main(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         from pymongo.errors import PyMongoError
 
+        from ..connection import masked_text
+
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):
@@ -30,10 +33,16 @@ class _Main(click.Group):
             if isinstance(exc, BrokenPipeError):
                 raise  # of `minibatch ... | head`; click ends quietly
             if ctx.params['debug']:
-                traceback.print_exc()
+                click.echo(masked_text(traceback.format_exc()), err=True, nl=False)
             kind = '' if isinstance(exc, MinibatchError) else f'{type(exc).__name__}: '
-            click.echo(f'error: {kind}{exc}', err=True)
+            lines = masked_text(f'error: {kind}{exc}').splitlines()
+            click.echo('\n'.join(map(plain, lines)), err=True)
             ctx.exit(1)
+        except click.UsageError as exc:
+            said = exc.format_message()
+            if (masked := masked_text(said)) != said:
+                raise click.UsageError(masked, exc.ctx) from None
+            raise
 
 
 def _version(ctx: click.Context, param: click.Parameter, asked: bool) -> None:

@@ -64,7 +64,8 @@ def append(
         work.run(start, show)
     seconds = time.monotonic() - began
     if work.problem:
-        where = 'standard input' if file.name in ('-', '<stdin>') else file.name
+        path = getattr(file, 'name', '-')
+        where = 'standard input' if path in ('-', '<stdin>') else path
         _say_how_far(work, f'{where}: {work.problem}', as_json)
     elif as_json:
         print_json({'stream': name, 'appended': work.appended})
