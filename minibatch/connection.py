@@ -281,10 +281,15 @@ def authenticated_url(url: str, authSource: str = 'admin') -> str:
 
 def masked(url: str) -> str:
     """The URL without its password and other secrets, for logs and errors; also one that is not well formed."""
-    if '@' in url:
-        url = re.sub(r'(?s)^([^:]*://)?([^@]*?):(.*)@', r'\1\2:***@', url)
-    else:  # what is no port may be the password of a URL without a host
-        url = re.sub(r'(://[^/?#:\[]*:)(?!\d{1,5}(?:\W|$))[^/?]*', r'\1***', url)
+    scheme, separator, rest = url.partition('://')
+    if ':' in scheme or not separator:
+        scheme, separator, rest = '', '', url
+    before, at, after = rest.rpartition('@')
+    if at and ':' in before:
+        rest = f'{before.partition(":")[0]}:***@{after}'
+    elif separator and not at:  # what is no port may be the password of a URL without a host
+        rest = re.sub(r'^([^/?#:\[]*:)(?!\d{1,5}(?:\W|$))[^/?]*', r'\1***', rest)
+    url = f'{scheme}{separator}{rest}'
     return re.sub(r'(?i)(password|passphrase|secret|token)([=:])[^&,]*', r'\1\2***', url)
 
 

@@ -48,8 +48,8 @@ def test_help_documents_the_exit_codes():
 
 @pytest.mark.parametrize('words', [
     'demo', 'server', 'server start', 'server stop', 'server status', 'groups', 'groups list', 'groups reset',
-    'groups delete', 'dead', 'dead list', 'dead show', 'dead replay', 'dead discard', 'streams', 'lag', 'append', 'tail',
-    'run', 'reset', 'app', 'completion',
+    'groups delete', 'dead', 'dead list', 'dead show', 'dead replay', 'dead discard', 'streams', 'lag', 'append',
+    'tail', 'run', 'reset', 'app', 'completion',
 ])  # fmt: skip
 def test_the_help_of_every_command_has_an_example(words):
     result = CliRunner().invoke(main, [*words.split(), '--help'])
@@ -73,8 +73,8 @@ def test_help_loads_neither_the_demo_nor_rich():
 @pytest.mark.parametrize('words', [
     'nonsense', 'demo --workers 0', 'demo --window x', 'demo more', 'server x', 'groups reset s g',
     'groups reset s g --to tomorrow', 'dead replay', 'dead replay x --all s', 'dead discard x --group g',
-    'dead list --group g', 'reset s g', 'append', 'append s no-such-file', 'append s --from 0', 'tail', 'tail s --last -1',
-    'lag s --every 0', 'run', 'run m --workers 0', 'completion tcsh', 'app --port 70000',
+    'dead list --group g', 'reset s g', 'append', 'append s no-such-file', 'append s --from 0', 'tail',
+    'tail s --last -1', 'lag s --every 0', 'run', 'run m --workers 0', 'completion tcsh', 'app --port 70000',
 ])  # fmt: skip
 def test_wrong_usage_ends_with_code_2(words):
     result = CliRunner().invoke(main, words.split())

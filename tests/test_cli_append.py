@@ -42,8 +42,8 @@ def ndjson(*values):
 
 
 @pytest.mark.parametrize('given', [
-    b'{"a": 1}\n{"a": 2}\n', b'\n{"a": 1}\r\n\r\n  {"a": 2}', b'\xef\xbb\xbf{"a": 1}\n{"a": 2}', b'[{"a": 1}, {"a": 2}]',
-    b'\n[\n  {"a": 1},\n  {"a": 2}\n]\n', b'\xef\xbb\xbf [{"a": 1}, {"a": 2}]',
+    b'{"a": 1}\n{"a": 2}\n', b'\n{"a": 1}\r\n\r\n  {"a": 2}', b'\xef\xbb\xbf{"a": 1}\n{"a": 2}',
+    b'[{"a": 1}, {"a": 2}]', b'\n[\n  {"a": 1},\n  {"a": 2}\n]\n', b'\xef\xbb\xbf [{"a": 1}, {"a": 2}]',
 ])  # fmt: skip
 def test_lines_and_arrays_are_appended_in_order(run, url, given):
     code, out, err = run('append s', given)

@@ -123,7 +123,7 @@ def test_the_second_ctrl_c_does_not_wait(service, url, tmp_path):
     first = time.monotonic()
     eventually(lambda: time.monotonic() - first > 2 * SAME_SIGNAL)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(10) == 130
     gone(children)
 
 

@@ -58,7 +58,7 @@ def run(module: str, workers: int | None, log_level: str) -> None:
     SIGTERM and Ctrl-C let the windows in flight finish; a second one does not. A consumer that fails stops the
     others, and is named. To scale out, start the same again, here or elsewhere: the others stand by.
 
-    Exit code: 0 when stopped, 1 if a consumer has failed.
+    Exit code: 0 when stopped, 1 if a consumer has failed, 130 or 143 after a second Ctrl-C or SIGTERM.
 
     \b
     Examples:

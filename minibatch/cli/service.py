@@ -150,12 +150,16 @@ class Service:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
+        """The first signal stops the consumers, the second one ends the process."""
         first = 0.0
 
         def stop(number: int, frame: Any) -> None:
             nonlocal first
             if first and time.monotonic() - first > SAME_SIGNAL:
-                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+                # As if killed, which loses nothing: the workers notice, and the next consumer does these windows again.
+                logger.warning('ended at once; what was in flight will be done again')
+                sys.stdout.flush()
+                os._exit(128 + number)
             if not first:
                 logger.info('stopping; what is in flight is finished first')
             first = first or time.monotonic()
