@@ -13,6 +13,7 @@ import tempfile
 import termios
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import psutil
 import pytest
@@ -55,6 +56,11 @@ def test_the_help_of_every_command_has_an_example(words):
     result = CliRunner().invoke(main, [*words.split(), '--help'])
     assert 'Example' in result.output
     assert f'  minibatch {words}' in result.output
+
+
+def test_the_page_about_the_command_line_names_every_command():
+    page = (Path(__file__).parent.parent / 'docs' / 'cli.rst').read_text(encoding='utf-8')
+    assert [name for name in main.commands if f'``minibatch {name}' not in page] == []
 
 
 def test_version_names_the_package_and_python():
