@@ -73,7 +73,7 @@ def test_version_names_the_package_and_python():
 def test_help_loads_neither_the_demo_nor_rich():
     program = 'import sys, minibatch.cli as c; c.main(["--help"], standalone_mode=False); print(*sys.modules)'
     loaded = subprocess.check_output([sys.executable, '-c', program], text=True).split()
-    assert {'rich', 'flask', 'minibatch.demo', 'minibatch.api', 'minibatch.contrib'} & set(loaded) == set()
+    assert {'rich', 'flask', 'minibatch.demo', 'minibatch.cli.service', 'minibatch.contrib'} & set(loaded) == set()
 
 
 @pytest.mark.parametrize('words', [
@@ -197,13 +197,14 @@ def terminal(width, answer, *words):
     screen = b''
     with suppress(OSError):  # it has ended
         while True:
-            if select.select([ours], [], [], 0.5)[0]:
+            silent = not select.select([ours], [], [], 2)[0]
+            if not silent:
                 screen += os.read(ours, 65536)
             if callable(answer):
                 answer(process, screen)
-            elif b'[y/N]' in screen and answer is INTERRUPT:
-                process.send_signal(signal.SIGINT)  # again and again: readline may miss one before it waits
-            elif b'[y/N]' in screen and answer is not None:
+            elif silent and screen.endswith(b'[y/N]: ') and answer is INTERRUPT:
+                process.send_signal(signal.SIGINT)  # it waits now; readline may miss one that comes before
+            elif answer is not INTERRUPT and b'[y/N]' in screen and answer is not None:
                 os.write(ours, answer)
                 answer = None
     os.close(ours)
