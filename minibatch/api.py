@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-from . import kinds
+from . import kinds, marshaller
 from .abc import Sink, Source
 from .errors import ArgumentError
 from .models import Stream, check_name
@@ -27,6 +29,8 @@ EMITTER_OPTIONS = (
 )  # fmt: skip
 STREAM_OPTIONS = ('interval', 'batchsize', 'max_age', 'linger', 'max_backlog', 'on_full', 'timeout',
                   'group_expiry', 'cnx_kwargs')  # fmt: skip
+
+_collected: ContextVar[list[WindowEmitter] | None] = ContextVar('minibatch_collected', default=None)
 
 
 def stream(name: str, fn: Callable[..., Any] | None = None, url: str | None = None, **options: Any) -> Stream:
@@ -63,8 +67,17 @@ class Streaming:
         self._name, self._blocking, self._options = name, blocking, options
 
     def __call__(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Process the windows with `fn`: until stopped, or one round with ``blocking=False``. Returns `fn`."""
-        self.make(fn).run(blocking=self._blocking)
+        """Process the windows with `fn`: until stopped, or one round with ``blocking=False``. Returns `fn`.
+
+        A worker that imports a module to find a function does not process what is decorated there.
+        """
+        if marshaller.is_loading():
+            return fn
+        emitter, collected = self.make(fn), _collected.get()
+        if collected is not None and self._blocking:
+            collected.append(emitter)
+        else:
+            emitter.run(blocking=self._blocking)
         return fn
 
     def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,6 +178,20 @@ def make_emitter(name: str, fn: Callable[..., Any] | None = None, **options: Any
     """
     decorator: Streaming = streaming(name, **options)
     return decorator.make(fn)
+
+
+@contextmanager
+def collecting() -> Iterator[list[WindowEmitter]]:
+    """Within it `streaming` makes emitters, which are in the list, and does not run them; for who runs them together.
+
+    With ``blocking=False`` it does its round at once, as always.
+    """
+    emitters: list[WindowEmitter] = []
+    reset = _collected.set(emitters)
+    try:
+        yield emitters
+    finally:
+        _collected.reset(reset)
 
 
 def _make(

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .abc import Source
+from .connection import masked_text
 from .errors import MinibatchError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Attached:
                     return
                 if time.monotonic() - started > WELL:
                     pause = PAUSES[0]
-                self.failure = f'{type(exc).__name__}: {exc}'
+                self.failure = masked_text(f'{type(exc).__name__}: {exc}')
                 told = isinstance(exc, (MinibatchError, OSError))  # else it may be a mistake in the source
                 logger.warning(
                     'the source of stream %r (%s) failed, it is started again in %g s: %s',

@@ -154,7 +154,7 @@ def target(url: str | None = None, dbname: str | None = None, **options: Any) ->
             raise ValueError('user and password must be percent-encoded')
         dbname = dbname or unquote(urlsplit(url).path.lstrip('/')) or DEFAULT_DBNAME
     except ValueError as exc:
-        raise ArgumentError(f'the URL {masked(url)} is not right: {exc}') from None
+        raise ArgumentError(f'the URL {masked(url)} is not right: {_without_secrets(exc, url)}') from None
     if not isinstance(dbname, str) or any(char in '/\\. "$\0' for char in dbname):
         raise ArgumentError(f'dbname must have none of the characters / \\ . " $ and blank: {dbname!r}')
     return Target(url, dbname, _hashable(options))
@@ -281,8 +281,21 @@ def authenticated_url(url: str, authSource: str = 'admin') -> str:
 
 def masked(url: str) -> str:
     """The URL without its password and other secrets, for logs and errors; also one that is not well formed."""
-    url = re.sub(r'^([^:]*://)?([^@]*?):(.*)@', r'\1\2:***@', url)
-    return re.sub(r'(?i)(password|token)([=:])[^&,]*', r'\1\2***', url)
+    scheme, separator, rest = url.partition('://')
+    if ':' in scheme or not separator:
+        scheme, separator, rest = '', '', url
+    before, at, after = rest.rpartition('@')
+    if at and ':' in before:
+        rest = f'{before.partition(":")[0]}:***@{after}'
+    elif separator and not at:  # what is no port may be the password of a URL without a host
+        rest = re.sub(r'^([^/?#:\[]*:)(?!\d{1,5}(?:\W|$))[^/?]*', r'\1***', rest)
+    url = f'{scheme}{separator}{rest}'
+    return re.sub(r'(?i)(password|passphrase|secret|token)([=:])[^&,]*', r'\1\2***', url)
+
+
+def masked_text(text: str) -> str:
+    """A text, such as an error, in which each URL is masked."""
+    return re.sub(r'[A-Za-z][\w+.-]*://\S+', lambda found: masked(found[0]), text)
 
 
 def same_replica_set(one: MongoClient[Any], other: MongoClient[Any]) -> bool:

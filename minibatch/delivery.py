@@ -168,7 +168,7 @@ class Delivery:
         except Exception as exc:
             logger.debug('sink failed', exc_info=True)
             connection.heal(self._target.client, exc)  # the sink may use the same one
-            outcome.error = f'sink: {type(exc).__name__}: {exc}'
+            outcome.error = connection.masked_text(f'sink: {type(exc).__name__}: {exc}')
             outcome.by_function = not _is_matter_of_time(exc, claim)
             failed[outcome.number] = outcome
             return False

@@ -125,7 +125,7 @@ class WindowEmitter:
         if timeout is not None and executor is not None:
             raise ArgumentError('timeout ends worker processes of the default executor; with executor= there are none')
         if cnx_kwargs is not None and not isinstance(cnx_kwargs, dict):
-            raise ArgumentError(f'cnx_kwargs must be a dict of options of the client, not {cnx_kwargs!r}')
+            raise ArgumentError(f'cnx_kwargs must be a dict of options of the client, not {type(cnx_kwargs).__name__}')
         self.stream_name, self.group, self.lease = stream_name, group, lease
         self.size, self.interval = size, interval if interval is not None else size
         self.processfn, self.emitfn, self.sink = processfn, emitfn, sink

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import cloudpickle
@@ -12,6 +13,7 @@ import cloudpickle
 from .errors import PortabilityError
 
 _loaded: dict[str, Any] = {}
+_loading: ContextVar[bool] = ContextVar('minibatch_loading', default=False)
 
 
 class Portable:
@@ -58,7 +60,16 @@ class Portable:
 def install(digest: str, blob: bytes) -> None:
     """Make the function known in this worker."""
     if digest not in _loaded:
-        _loaded[digest] = cloudpickle.loads(blob)
+        reset = _loading.set(True)
+        try:
+            _loaded[digest] = cloudpickle.loads(blob)
+        finally:
+            _loading.reset(reset)
+
+
+def is_loading() -> bool:
+    """Whether a module that is being imported is imported for a function of it, in a worker."""
+    return _loading.get()
 
 
 def _load(digest: str, blob: bytes | None) -> Portable:

@@ -240,11 +240,11 @@ def _window(target: Target, stream: str, work: Work, found: Records) -> MessageW
 
 
 def _failure(work: Work, exc: BaseException, by_function: bool) -> Outcome:
-    error = f'{type(exc).__name__}: {exc}'
+    error = connection.masked_text(f'{type(exc).__name__}: {exc}')
     trace = exc.__traceback__
     while by_function and trace is not None and trace.tb_frame.f_globals.get('__package__') == __package__:
         trace = trace.tb_next  # the frames above the function say nothing to its author
-    text = ''.join(traceback.format_exception(type(exc), exc, trace))
+    text = connection.masked_text(''.join(traceback.format_exception(type(exc), exc, trace)))
     return Outcome(work.number, error=error, traceback=text, by_function=by_function)
 
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -12,6 +13,7 @@ import tempfile
 import termios
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import psutil
 import pytest
@@ -47,12 +49,18 @@ def test_help_documents_the_exit_codes():
 
 @pytest.mark.parametrize('words', [
     'demo', 'server', 'server start', 'server stop', 'server status', 'groups', 'groups list', 'groups reset',
-    'groups delete', 'dead', 'dead list', 'dead show', 'dead replay', 'dead discard',
+    'groups delete', 'dead', 'dead list', 'dead show', 'dead replay', 'dead discard', 'streams', 'lag', 'append',
+    'tail', 'run', 'reset', 'app', 'completion',
 ])  # fmt: skip
 def test_the_help_of_every_command_has_an_example(words):
     result = CliRunner().invoke(main, [*words.split(), '--help'])
     assert 'Example' in result.output
     assert f'  minibatch {words}' in result.output
+
+
+def test_the_page_about_the_command_line_names_every_command():
+    page = (Path(__file__).parent.parent / 'docs' / 'cli.rst').read_text(encoding='utf-8')
+    assert [name for name in main.commands if f'``minibatch {name}' not in page] == []
 
 
 def test_version_names_the_package_and_python():
@@ -65,13 +73,14 @@ def test_version_names_the_package_and_python():
 def test_help_loads_neither_the_demo_nor_rich():
     program = 'import sys, minibatch.cli as c; c.main(["--help"], standalone_mode=False); print(*sys.modules)'
     loaded = subprocess.check_output([sys.executable, '-c', program], text=True).split()
-    assert {'rich', 'minibatch.demo', 'minibatch.contrib.mongodb'} & set(loaded) == set()
+    assert {'rich', 'flask', 'minibatch.demo', 'minibatch.cli.service', 'minibatch.contrib'} & set(loaded) == set()
 
 
 @pytest.mark.parametrize('words', [
     'nonsense', 'demo --workers 0', 'demo --window x', 'demo more', 'server x', 'groups reset s g',
     'groups reset s g --to tomorrow', 'dead replay', 'dead replay x --all s', 'dead discard x --group g',
-    'dead list --group g',
+    'dead list --group g', 'reset s g', 'append', 'append s no-such-file', 'append s --from 0', 'tail',
+    'tail s --last -1', 'lag s --every 0', 'run', 'run m --workers 0', 'completion tcsh', 'app --port 70000',
 ])  # fmt: skip
 def test_wrong_usage_ends_with_code_2(words):
     result = CliRunner().invoke(main, words.split())
@@ -176,7 +185,10 @@ def run(url, stream):
 
 
 def terminal(width, answer, *words):
-    """Run a command in a terminal, and answer its question; the exit code and what was on the screen."""
+    """Run a command in a terminal, and answer its question; the exit code and what was on the screen.
+
+    `answer` may be a function, called with the process and the screen again and again.
+    """
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack('HHHH', 40, width, 0, 0))
     env = {key: value for key, value in os.environ.items() if key != 'COLUMNS'}
@@ -184,13 +196,16 @@ def terminal(width, answer, *words):
     os.close(its)
     screen = b''
     with suppress(OSError):  # it has ended
-        while data := os.read(ours, 65536):
-            screen += data
-            if b'[y/N]' in screen and answer is not None:
-                if answer is INTERRUPT:
-                    process.send_signal(signal.SIGINT)
-                else:
-                    os.write(ours, answer)
+        while True:
+            silent = not select.select([ours], [], [], 2)[0]
+            if not silent:
+                screen += os.read(ours, 65536)
+            if callable(answer):
+                answer(process, screen)
+            elif silent and screen.endswith(b'[y/N]: ') and answer is INTERRUPT:
+                process.send_signal(signal.SIGINT)  # it waits now; readline may miss one that comes before
+            elif answer is not INTERRUPT and b'[y/N]' in screen and answer is not None:
+                os.write(ours, answer)
                 answer = None
     os.close(ours)
     return process.wait(60), screen.decode().replace('\r\n', '\n')

@@ -1,0 +1,60 @@
+"""What commands print: one JSON object, tables that fit the terminal, and text that cannot steer it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+import click
+
+LEAST_CUT = 20
+UNLIMITED = 10_000
+
+
+def plain(text: str) -> str:
+    """Text for a terminal: what a message says must not steer it, so what is not printable is escaped."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object, in one line, all that is not printable escaped."""
+    from bson import json_util
+
+    text = json_util.dumps(value, json_options=json_util.RELAXED_JSON_OPTIONS, ensure_ascii=False)
+    click.echo(text if text.isprintable() else ''.join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
+
+
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table whose last column is cut to the terminal, or blocks if it is wider; > is for columns to the right.
+
+    What is not a terminal gets the table, uncut.
+    """
+    names = [head.lstrip('>') for head in heads]
+    cells = [[plain(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else UNLIMITED
+    if sum(widths[:-1]) + 2 * len(widths) + min(widths[-1], LEAST_CUT) > room:
+        for row in cells:
+            pairs = '  '.join(f'{name} {cell}' for name, cell in zip(names, row, strict=True) if cell not in ('', '-'))
+            click.echo('\n'.join(textwrap.wrap(pairs, room, subsequent_indent='    ', break_on_hyphens=False)))
+        return
+    for i, row in enumerate([names, *cells]):
+        aligned = (
+            cell.rjust(width) if head[0] == '>' else cell.ljust(width)
+            for head, cell, width in zip(heads, row, widths, strict=True)
+        )
+        line = '  '.join(aligned)[:room].rstrip()
+        click.echo(line if i else click.style(line, bold=True))
+
+
+def time_text(time: datetime | None) -> str:
+    return f'{time:%Y-%m-%d %H:%M:%S}' if time else ''
+
+
+def count_text(number: int, what: str) -> str:
+    return f'{number:,} {what}' + ('' if number == 1 else 's')
