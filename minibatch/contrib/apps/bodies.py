@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable
-from datetime import datetime, timezone
 from typing import Any, NoReturn
 
-from bson import Decimal128, ObjectId
+from bson import json_util
 
 from minibatch.errors import DataError
 
-JSON_TYPES = {'application/json'}
 LINES_TYPES = {'application/x-ndjson', 'application/ndjson', 'application/jsonl', 'application/x-jsonlines'}
+TYPES = {'application/json', *LINES_TYPES}
 MAX_SHOWN = 200
-MAX_DEPTH = 100
 
 
 def read_messages(body: bytes, content_type: str) -> list[dict[str, Any]]:
@@ -29,8 +25,8 @@ def read_messages(body: bytes, content_type: str) -> list[dict[str, Any]]:
     except UnicodeDecodeError as exc:
         raise DataError(f'the body is not UTF-8: byte {exc.start} is 0x{body[exc.start]:02x}') from None
     if content_type in LINES_TYPES:
-        lines = [(number, line) for number, line in enumerate(text.split('\n'), 1) if line.strip()]
-        return [_message(_parse(line, f'line {number}'), f'line {number}') for number, line in lines]
+        lines = [(f'line {number}', line) for number, line in enumerate(text.split('\n'), 1) if line.strip()]
+        return [_message(_parse(line, where), where) for where, line in lines]
     found = _parse(text, 'the body')
     if isinstance(found, list):
         return [_message(item, f'item {number}') for number, item in enumerate(found)]
@@ -40,13 +36,14 @@ def read_messages(body: bytes, content_type: str) -> list[dict[str, Any]]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError) as exc:
-        why = 'it is nested too deeply' if isinstance(exc, RecursionError) else exc
-        raise DataError(f'{where} is no JSON: {why}') from None
+    except RecursionError:
+        raise DataError(f'{where} is nested too deeply') from None
+    except ValueError as exc:
+        raise DataError(f'{where} is no JSON: {exc}') from None
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f'{constant} is no JSON number')
+    raise ValueError(f'{constant} is no number of JSON')
 
 
 def _message(found: Any, where: str) -> dict[str, Any]:
@@ -57,26 +54,7 @@ def _message(found: Any, where: str) -> dict[str, Any]:
     return found
 
 
-def plain(value: Any, depth: int = 0) -> Any:
-    """What JSON can carry, of anything that MongoDB can store; datetimes are ISO 8601 in UTC."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, datetime):
-        value = value.replace(tzinfo=timezone.utc) if value.tzinfo is None else value.astimezone(timezone.utc)
-        return value.isoformat().replace('+00:00', 'Z')
-    if isinstance(value, (ObjectId, Decimal128)) or depth > MAX_DEPTH:
-        return str(value)
-    if isinstance(value, dict):
-        return {str(name): plain(item, depth + 1) for name, item in value.items()}
-    if isinstance(value, (bytes, bytearray)):
-        return value.hex()
-    if isinstance(value, Iterable):
-        return [plain(item, depth + 1) for item in value]
-    return str(value)
-
-
 def as_json(value: Any) -> str:
-    """`plain` as compact JSON text."""
-    return json.dumps(plain(value), separators=(',', ':'), ensure_ascii=False)
+    """JSON text of anything that MongoDB can store; what JSON has no word for is relaxed extended JSON."""
+    text: str = json_util.dumps(value, json_options=json_util.RELAXED_JSON_OPTIONS, separators=(',', ':'))
+    return text
