@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 try:
@@ -69,7 +69,7 @@ def metrics_text(streams: Iterable[Any], consumers: Iterable[Any] = ()) -> bytes
         streams: what `minibatch.status` returned.
         consumers: the `consumers` of a `minibatch.contrib.apps.StreamingApp`.
     """
-    registry = CollectorRegistry()  # type: ignore[no-untyped-call]
+    registry = CollectorRegistry()
     registry.register(_Found([*_metrics(list(streams)), *_consumer_metrics(list(consumers))]))
     text: bytes = generate_latest(registry)
     return text
@@ -105,7 +105,7 @@ def _metrics(streams: list[Any]) -> Iterator[Metric]:
 
 
 def _gauges(found: list[tuple[tuple[str, str], Any]]) -> Iterator[Metric]:
-    values = {
+    values: dict[str, tuple[str, Callable[[Any], float]]] = {
         'dead_letters': ('Dead letters now.', lambda status: status.dead),
         'lag_messages': ('Messages that the group has not finished.', lambda status: status.lag.messages),
         'lag_seconds': ('Age of the oldest of them.', lambda status: status.lag.seconds),
@@ -116,7 +116,7 @@ def _gauges(found: list[tuple[tuple[str, str], Any]]) -> Iterator[Metric]:
     for name, (text, value) in values.items():
         gauge = GaugeMetricFamily(f'minibatch_{name}', text, labels=GROUP)
         for labels, status in found:
-            gauge.add_metric(labels, value(status))
+            gauge.add_metric(labels, float(value(status)))
         yield gauge
     committed = GaugeMetricFamily('minibatch_last_commit_timestamp_seconds', 'When a window was committed last.',
                                   labels=GROUP)  # fmt: skip

@@ -148,12 +148,16 @@ class StreamingApp:
         look = self.watcher.look()
         stalled = (
             f'stream {stream.name!r}, group {status.name!r}: windows wait, and none was finished since '
-            f'{status.group.stalled.isoformat(timespec="seconds")}'
+            f'{status.group.stalled:%Y-%m-%d %H:%M:%S} UTC'
             for stream in look.streams
             for status in stream.groups
             if status.group.stalled and status.group.owner
         )
         return [*filter(None, [look.error, *(consumer.problem for consumer in self.consumers)]), *stalled]
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        """Answer as a WSGI app, so that any server can run it: ``gunicorn module:app``."""
+        return self.server(environ, start_response)
 
     def route(self, rule: str, **options: Any) -> Callable[..., Any]:
         """Add a page of yours, as Flask's ``route`` does.

@@ -20,10 +20,10 @@ import traceback
 from contextlib import suppress
 from typing import Any, NoReturn
 
-PROCESS_VARIABLE = 'MINIBATCH_APP_CONSUMER'
+from .supervisor import MAX_WORDS, PROCESS_VARIABLE
+
 PARENT_CHECK = 1.0
 GRACE = 10.0
-MAX_WORDS = 1000
 
 
 def main() -> None:

@@ -19,13 +19,13 @@ import cloudpickle
 
 from minibatch.errors import ArgumentError, MinibatchError
 
-from .child import MAX_WORDS, PROCESS_VARIABLE
-
 logger = logging.getLogger(__name__)
 
+PROCESS_VARIABLE = 'MINIBATCH_APP_CONSUMER'
+MAX_WORDS = 1000
 PAUSES = (1.0, 60.0)
-SETTLED = 5.0  # seconds that a process must run before it counts as well again
-WELL = 60.0  # and before the next pause is a short one again
+SETTLED = 5.0  # seconds that a process must run before it counts as well again, or as long as the one before
+WELL = 60.0  # by then it counts as well, and the next pause is a short one again
 POLL = 0.05
 
 
@@ -60,7 +60,7 @@ class ConsumerProcess:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._deadline = 0.0
-        self._started = time.monotonic()
+        self._started, self._lived = time.monotonic(), 0.0
         self._since = datetime.now(timezone.utc)
         self.restarts, self.exit_code, self.error = 0, None, ''  # type: int, int | None, str
         self._thread = threading.Thread(target=self._supervise, name=f'minibatch-app-{name}', daemon=True)
@@ -99,8 +99,8 @@ class ConsumerProcess:
         ended = f'it ended with {_exit(self.exit_code)}' + (f', {self.error}' if self.error else '')
         if self._process is None:
             return f'consumer {self.name!r} is not running: {ended}; it will be started again'
-        if self.restarts and time.monotonic() - self._started < SETTLED:
-            return f'consumer {self.name!r} was just started again: {ended}'
+        if self.restarts and time.monotonic() - self._started < min(max(SETTLED, 1.5 * self._lived), WELL):
+            return f'consumer {self.name!r} was started again: {ended}'
         return ''
 
     def as_dict(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class ConsumerProcess:
             self._run()
             if self._stopped.is_set():
                 return
-            if time.monotonic() - self._started > WELL:
+            if self._lived > WELL:
                 pause = PAUSES[0]
             logger.warning('consumer %r ended with %s, it is started again in %g s', self.name,
                            _exit(self.exit_code), pause)  # fmt: skip
@@ -163,7 +163,7 @@ class ConsumerProcess:
         with self._lock:
             self._process = None
             self.exit_code = process.wait()
-            self._since = datetime.now(timezone.utc)
+            self._since, self._lived = datetime.now(timezone.utc), time.monotonic() - self._started
             self.error = self._last_words()
         feeding.join()
         with suppress(BrokenPipeError):

@@ -68,13 +68,17 @@ class _Views:
     # --- what anybody may see
 
     def dashboard(self) -> Response:
-        return Response(self._page, headers={'Content-Security-Policy': self._policy}, content_type='text/html')
+        return Response(self._page, headers={'Content-Security-Policy': self._policy}, content_type='text/html; charset=utf-8')
 
     def health(self) -> Response:
         problems = self._app.problems()
-        if problems:
-            return _answer({'status': 'unhealthy', 'reasons': problems}, 503)
-        return _answer({'status': 'ok'})
+        if not problems:
+            return _answer({'status': 'ok'})
+        try:
+            self._guard.check_reader()
+        except Refused:
+            return _answer({'status': 'unhealthy'}, 503)  # names are not for everybody
+        return _answer({'status': 'unhealthy', 'reasons': problems}, 503)
 
     # --- what readers may see
 
