@@ -42,7 +42,7 @@ from .security import HOW_TO, Guard, Refused
 from .serving import Server
 from .supervisor import ConsumerProcess, is_consumer_process
 from .views import make_blueprint, refusal
-from .watching import Watcher
+from .watching import Look, Watcher
 
 __all__ = ['StreamingApp']
 
@@ -143,9 +143,9 @@ class StreamingApp:
         """The consumers that this process has started; those of a process that was forked are its parent's."""
         return list(self._consumers) if os.getpid() == self._pid else []
 
-    def problems(self) -> list[str]:
+    def problems(self, look: Look | None = None) -> list[str]:
         """What is not well, in words: nothing, or no database, a dead consumer, a stalled group."""
-        look = self.watcher.look()
+        look = look or self.watcher.look()
         stalled = (
             f'stream {stream.name!r}, group {status.name!r}: windows wait, and none was finished since '
             f'{status.group.stalled:%Y-%m-%d %H:%M:%S} UTC'

@@ -90,9 +90,10 @@ class Guard:
     def _check_token(self) -> None:
         kind, _, given = request.headers.get('Authorization', '').partition(' ')
         expected = (self._token or '').encode()
-        if kind.lower() != 'bearer' or not hmac.compare_digest(given.strip().encode(), expected):
-            reason = 'the token is wrong' if given else 'this needs the header `Authorization: Bearer TOKEN`'
-            raise Refused(401, reason, WWW_Authenticate='Bearer')
+        if kind.lower() != 'bearer' or not given:
+            raise Refused(401, 'this needs the header `Authorization: Bearer TOKEN`', WWW_Authenticate='Bearer')
+        if not hmac.compare_digest(given.strip().encode(), expected):
+            raise Refused(401, 'the token is wrong', WWW_Authenticate='Bearer')
 
 
 def harden(response: Response) -> Response:

@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from typing import IO, Any
 
 import cloudpickle
+import psutil
 
 from minibatch.errors import ArgumentError, MinibatchError
 
@@ -26,6 +27,7 @@ MAX_WORDS = 1000
 PAUSES = (1.0, 60.0)
 SETTLED = 5.0  # seconds that a process must run before it counts as well again, or as long as the one before
 WELL = 60.0  # by then it counts as well, and the next pause is a short one again
+KILL_TIMEOUT = 5.0
 POLL = 0.05
 
 
@@ -160,6 +162,7 @@ class ConsumerProcess:
         # The process is not reaped yet, so its number is still that of the group.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
+        _await_end(process.pid)
         with self._lock:
             self._process = None
             self.exit_code = process.wait()
@@ -196,6 +199,19 @@ class ConsumerProcess:
             return ''
         finally:
             os.close(self._words)
+
+
+def _await_end(group: int) -> None:
+    """Wait for the end of the killed processes of a group; what nobody has reaped counts as ended."""
+    deadline = time.monotonic() + KILL_TIMEOUT
+    while any(_runs_in(process, group) for process in psutil.process_iter()) and time.monotonic() < deadline:
+        time.sleep(POLL)
+
+
+def _runs_in(process: psutil.Process, group: int) -> bool:
+    with suppress(ProcessLookupError, PermissionError, psutil.Error):
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _pickled(consumer: Callable[[str], Any], url: str) -> bytes:

@@ -90,7 +90,7 @@ class _Views:
                 'name': self._app.name,
                 'time': look.time,
                 'error': look.error or None,
-                'problems': self._app.problems(),
+                'problems': self._app.problems(look),
                 'read_only': self._guard.read_only,
                 'consumers': [consumer.as_dict() for consumer in self._app.consumers],
                 'streams': [stream.as_dict() for stream in look.streams],
@@ -150,7 +150,7 @@ class _Views:
         found: list[mb.DeadLetter] = []
         for stream in [name] if name is not None else [stream.name for stream in mb.status(self._app.url)]:
             found += _found(stream, self._app.url).dead_letters(group)
-        found.sort(key=lambda letter: letter.failed, reverse=True)
+        found.sort(key=lambda letter: (letter.failed, letter.number), reverse=True)
         return _answer({'count': len(found), 'dead': list(map(_letter, found[:limit]))})
 
     # --- what writers may do
