@@ -29,9 +29,9 @@ soak: .venv/.dev
 lint: .venv/.dev
 	@echo 'ruff' && .venv/bin/ruff check --quiet .
 	@echo 'mypy' && .venv/bin/mypy --no-error-summary
-	@echo 'hadolint Dockerfile' && .venv/bin/hadolint Dockerfile
-	@echo 'check-jsonschema docker-compose.yml' && .venv/bin/check-jsonschema --quiet \
-		--builtin-schema vendor.compose-spec docker-compose.yml
+	@echo 'hadolint' && .venv/bin/hadolint Dockerfile examples/service/Dockerfile
+	@echo 'check-jsonschema' && .venv/bin/check-jsonschema --quiet \
+		--builtin-schema vendor.compose-spec docker-compose.yml examples/service/docker-compose.yml
 
 docs: .venv/.dev
 	@.venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

@@ -3,7 +3,7 @@
 import minibatch as mb
 from minibatch.contrib.apps import StreamingApp
 
-app = StreamingApp('readings', token='my-own-secret')
+app = StreamingApp('readings')  # appending over HTTP needs the environment variable MINIBATCH_APP_TOKEN
 
 
 def consumer(url):

@@ -306,15 +306,13 @@ def test_listening_beyond_loopback_warns_unless_readers_need_the_token(make, cap
 def webapp(url, *command):
     example = os.path.join(os.path.dirname(__file__), '..', '..', 'examples')
     port = free_port()
-    environment = {'MINIBATCH_MONGO_URL': url}
-    os.environ.update(environment)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('MINIBATCH_MONGO_URL', url)
+        patch.setenv('MINIBATCH_APP_TOKEN', TOKEN)
         with running(*(part.format(port=port) for part in command), cwd=example, stdout=-1, stderr=-2) as process:
             address = f'http://127.0.0.1:{port}'
             eventually(lambda: answers(address))
             yield process, address
-    finally:
-        del os.environ['MINIBATCH_MONGO_URL']
 
 
 def answers(address):
@@ -330,9 +328,8 @@ def answers(address):
 ])
 def test_the_example_runs_under_a_production_server(url, command):
     with webapp(url, *command) as (process, address):
-        token = {'Authorization': 'Bearer my-own-secret'}
         for celsius in (20, 21):
-            assert post(f'{address}/streams/readings', {'celsius': celsius}, **token)[0] == 201
+            assert post(f'{address}/streams/readings', {'celsius': celsius})[0] == 201
         assert any(line.strip() == '20.5' for line in process.stdout)
         family = tree(process.pid)
         assert len(family) > 2
@@ -346,6 +343,24 @@ def test_the_example_is_under_15_lines():
     path = os.path.join(os.path.dirname(__file__), '..', '..', 'examples', 'webapp.py')
     with open(path) as file:
         assert sum(1 for line in file if line.strip()) < 15
+
+
+def test_the_service_alerts_of_the_sensor_that_is_too_hot(url, monkeypatch):
+    monkeypatch.setenv('MINIBATCH_MONGO_URL', url)
+    path = os.path.join(os.path.dirname(__file__), '..', '..', 'examples', 'service', 'app.py')
+    with running(path, '--port', str(free_port()), '--sensors', '3', stdout=-1, stderr=-2) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if 'too hot' in line:
+                break
+        assert re.fullmatch(r'sensor 3 is too hot: 3\d\.\d °C, the mean of \d+\n', lines[-1]), lines
+        assert any(line.startswith('the token of this run is ') for line in lines)
+        family = tree(process.pid)
+        process.terminate()
+        process.stdout.read()
+        assert process.wait(20) == 0
+        gone(family)
 
 
 # --- endpoints
@@ -709,7 +724,7 @@ def test_only_names_that_are_known_are_answered(make, host, status):
 
 
 def test_any_name_is_answered_if_that_is_asked_for(make):
-    client = make(hosts='*' and ['*']).server.test_client()
+    client = make(hosts=['*']).server.test_client()
     assert client.get('/health', headers={'Host': 'evil.example.com'}).status_code == 200
 
 
@@ -731,14 +746,16 @@ def test_answers_tell_browsers_to_be_careful(client):
         assert headers['X-Content-Type-Options'] == 'nosniff'
         assert "frame-ancestors 'none'" in headers['Content-Security-Policy']
         assert 'unsafe' not in headers['Content-Security-Policy']
-        assert not [name for name in headers.keys() if name.startswith('Access-Control') or name == 'Set-Cookie']
+        assert not [name for name, _ in headers if name.startswith('Access-Control') or name == 'Set-Cookie']
 
 
 @pytest.mark.parametrize(('options', 'reason'), [
-    ({'token': 'short'}, 'token must be'), ({'token': 'with blanks in it'}, 'token must be'), ({'token': 12345678}, 'token'),
+    ({'token': 'short'}, 'token must be'), ({'token': 'with blanks in it'}, 'token must be'),
+    ({'token': 12345678}, 'token'),
     ({'token': None, 'private': True}, 'private=True needs a token'), ({'hosts': 'hub'}, 'hosts must be a list'),
     ({'on': object(), 'uri': None}, 'omega'), ({'on': object()}, 'uri and on'), ({'uri': 'http://x'}, 'url must start'),
-    ({'server': object()}, 'server must be a Flask app'), ({'max_body': 0}, 'max_body'), ({'listeners': True}, 'listeners'),
+    ({'server': object()}, 'server must be a Flask app'), ({'max_body': 0}, 'max_body'),
+    ({'listeners': True}, 'listeners'),
     ({'timeout': 'x'}, 'timeout'),
 ])
 def test_an_argument_that_is_wrong_is_named(make, options, reason):
@@ -790,7 +807,8 @@ def test_an_app_means_what_connectdb_connected_to(make, url, monkeypatch):
     monkeypatch.setattr(connection, '_default', None)
     mb.connectdb(url, dbname='other', appname='mine', tz_aware=True)
     try:
-        assert make(uri=None).url == url.replace(url.rsplit('/', 1)[1].split('?')[0], 'other') + '&appname=mine&tz_aware=true'
+        name = url.rsplit('/', 1)[1].split('?')[0]
+        assert make(uri=None).url == url.replace(name, 'other') + '&appname=mine&tz_aware=true'
     finally:
         connection.choose(None)
 

@@ -68,7 +68,7 @@ class _Views:
     # --- what anybody may see
 
     def dashboard(self) -> Response:
-        return Response(self._page, headers={'Content-Security-Policy': self._policy}, content_type='text/html; charset=utf-8')
+        return Response(self._page, headers={'Content-Security-Policy': self._policy}, mimetype='text/html')
 
     def health(self) -> Response:
         problems = self._app.problems()
