@@ -149,8 +149,8 @@ def test_a_stream_and_its_group_are_shown_as_they_change(page, serve, url):
     page.shows('15 appended', '14 messages in 7 windows')
     rate = page.find('.chart svg').get_attribute('aria-label')
     assert re.match(r'Rate: \S+ messages/s, at most \S+ in the last 1 min', rate)
-    drawn = page.run('[...document.querySelectorAll("path.out, path.in")].map(path => path.getAttribute("d"))')
-    assert any(re.match(r'M[\d.]+ [\d.]+L', path or '') for path in drawn)
+    paths = '[...document.querySelectorAll("path.out, path.in")].map(path => path.getAttribute("d") || "")'
+    eventually(lambda: any(re.match(r'M[\d.]+ [\d.]+L', path) for path in page.run(paths)))
 
 
 def test_charts_go_on_after_the_page_is_loaded_again(page, serve, url):
@@ -160,9 +160,11 @@ def test_charts_go_on_after_the_page_is_loaded_again(page, serve, url):
     for i in range(3):
         stream.append({'i': i})
         page.shows(f'{i + 1} appended')
+    first = page.run('samples[0].time')
     page.browser.refresh()
-    line = eventually(lambda: page.find('path.in').get_attribute('d'))
-    assert line.count('L') >= 2
+    page.shows('3 appended')
+    assert page.run('samples[0].time') == first
+    eventually(lambda: (page.find('path.in').get_attribute('d') or '').count('L') >= 2)
 
 
 def test_what_comes_from_outside_is_text(page, serve, letters):
