@@ -29,9 +29,9 @@ soak: .venv/.dev
 lint: .venv/.dev
 	@echo 'ruff' && .venv/bin/ruff check --quiet .
 	@echo 'mypy' && .venv/bin/mypy --no-error-summary
-	@echo 'hadolint Dockerfile' && .venv/bin/hadolint Dockerfile
-	@echo 'check-jsonschema docker-compose.yml' && .venv/bin/check-jsonschema --quiet \
-		--builtin-schema vendor.compose-spec docker-compose.yml
+	@echo 'hadolint' && .venv/bin/hadolint Dockerfile examples/service/Dockerfile
+	@echo 'check-jsonschema' && .venv/bin/check-jsonschema --quiet \
+		--builtin-schema vendor.compose-spec docker-compose.yml examples/service/docker-compose.yml
 
 docs: .venv/.dev
 	@.venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
@@ -48,10 +48,11 @@ services:
 	@missing=; \
 	$(LIBRARIES_PRESENT) || missing=' libcurl4 libssl3'; \
 	PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || missing="$$missing mosquitto"; \
+	command -v chromium >/dev/null && command -v chromedriver >/dev/null || missing="$$missing chromium chromium-driver"; \
 	if [ "$$(uname -s)" != Linux ]; then \
-		echo 'services: nothing is installed on this system; tests that need mosquitto are skipped without it'; \
+		echo 'services: nothing is installed on this system; tests that need mosquitto or chromium are skipped without'; \
 	elif [ -z "$$missing" ]; then \
-		echo 'services: libcurl, OpenSSL 3 and mosquitto are there'; \
+		echo 'services: libcurl, OpenSSL 3, mosquitto and chromium are there'; \
 	elif ! command -v apt-get >/dev/null; then \
 		echo "services: no apt-get here; install these packages of Debian, or what they are called here:$$missing" >&2; exit 1; \
 	elif [ "$$(id -u)" != 0 ]; then \
@@ -89,5 +90,5 @@ clean:
 
 .venv/.dev: .venv/.made setup.cfg pyproject.toml
 	@echo 'Installing minibatch and its development tools into .venv (once)'
-	@$(PIP) install -e '.[embedded,kafka,mqtt,celery,dev]'
+	@$(PIP) install -e '.[embedded,kafka,mqtt,celery,apps,prometheus,dev]'
 	@touch .venv/.demo $@

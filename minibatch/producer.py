@@ -431,7 +431,7 @@ def encode(data: Any) -> bytes:
             f'the largest value is data[{key!r}]'
         )
     # Cheap first: every level of nesting takes 7 bytes, one of which is 3 or 4.
-    if size > 7 * MAX_DEPTH and raw.count(b'\x03') + raw.count(b'\x04') > MAX_DEPTH and _depth(data) > MAX_DEPTH:
+    if size > 7 * MAX_DEPTH and raw.count(b'\x03') + raw.count(b'\x04') > MAX_DEPTH and _is_deeper(data, MAX_DEPTH):
         raise DataError(f'data is nested more than {MAX_DEPTH} levels deep')
     if b'$ref\x00' in raw and (path := _find_key(data, '$ref')):
         raise DataError(f'data{path} has the key $ref, which MongoDB reads back as a reference; rename it')
@@ -527,13 +527,13 @@ def _culprit(value: Any, exc: Exception, path: str = '') -> tuple[str, str]:
     return path, str(exc)
 
 
-def _depth(value: Any) -> int:
+def _is_deeper(value: Any, most: int) -> bool:
     children: Iterable[Any] = ()
     if isinstance(value, Mapping):
         children = value.values()
     elif isinstance(value, (list, tuple)):
         children = value
-    return max((1 + _depth(child) for child in children), default=0)
+    return most < 0 or any(_is_deeper(child, most - 1) for child in children)
 
 
 def _find_key(value: Any, wanted: str, path: str = '') -> str:

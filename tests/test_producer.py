@@ -66,9 +66,10 @@ def test_data_that_contains_itself_is_refused():
         encode(data)
 
 
-def test_data_nested_deeper_than_the_server_takes_is_refused():
+@pytest.mark.parametrize('levels', [175, 500])
+def test_data_nested_deeper_than_the_server_takes_is_refused(levels):
     data = {}
-    for _ in range(175):
+    for _ in range(levels):
         data = {'in': data}
     with pytest.raises(DataError, match='nested'):
         encode(data)

@@ -1,0 +1,306 @@
+"""A web app around streams: consumers in processes of their own, a live dashboard, HTTP in, metrics and health.
+
+::
+
+    import minibatch as mb
+    from minibatch.contrib.apps import StreamingApp
+
+    app = StreamingApp()
+
+    def consumer(url):
+        @mb.streaming('readings', size=10, url=url)
+        def process(window):
+            print(window.data)
+
+    app.start_streaming(consumer)
+    app.run()
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit, urlunsplit
+
+try:
+    from flask import Flask
+except ImportError:
+    raise ImportError('minibatch.contrib.apps needs Flask: pip install minibatch[apps]') from None
+
+from minibatch.connection import Target, target
+from minibatch.errors import ArgumentError
+
+from .security import HOW_TO, Guard, Refused
+from .serving import Server
+from .supervisor import ConsumerProcess, is_consumer_process
+from .views import make_blueprint, refusal
+from .watching import Look, Watcher
+
+__all__ = ['StreamingApp']
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = ('127.0.0.1', '::1', 'localhost')
+MAX_BODY = 16_000_000
+
+
+class StreamingApp:
+    """A web app with consumers behind it.
+
+    It serves ``/``, a live dashboard; ``/status``, ``/health`` and ``/metrics`` for machines; ``POST /streams/NAME`` to
+    append; ``/streams/NAME/tail``; and ``/dead``, dead letters to be looked at, replayed and discarded. What changes
+    something asks for the token; without one the app is read-only.
+
+    Args:
+        name: what the dashboard calls it.
+        uri: a MongoDB URL, see `minibatch.connectdb` for what holds without one.
+        server: a Flask app of yours, to which the endpoints are added; without it the app makes one.
+        on: an omega|ml instance, whose MongoDB is meant.
+        token: what clients must send, as ``Authorization: Bearer TOKEN``, to change something; without it the
+            environment variable MINIBATCH_APP_TOKEN.
+        private: whether reading asks for the token, too. ``/health`` and the dashboard's empty page do not.
+        hosts: the names by which the app may be asked, besides ``localhost``, the name of this machine, and addresses;
+            ``'*'`` for any. Else a page elsewhere could read it with the browser of somebody who may.
+        url_prefix: under which path of `server` the endpoints are, such as ``'/streams'``.
+        max_body: of a request, in bytes; more is answered with 413.
+        listeners: how many may listen to ``/streams/NAME/tail`` at once; one more is answered with 503.
+        timeout: seconds that an append waits for room in a stream, and for MongoDB.
+
+    Raises:
+        ArgumentError: naming the argument.
+
+    Example:
+        >>> with StreamingApp(token='correct-horse') as app:    # doctest: +SKIP
+        ...     app.start_streaming(consumer)
+        ...     app.run()
+    """
+
+    def __init__(
+        self,
+        name: str = 'minibatch',
+        uri: str | None = None,
+        server: Flask | None = None,
+        on: Any = None,
+        token: str | None = None,
+        private: bool = False,
+        hosts: Sequence[str] = (),
+        url_prefix: str | None = None,
+        max_body: int = MAX_BODY,
+        listeners: int = 8,
+        timeout: float = 10.0,
+    ) -> None:
+        if uri is not None and on is not None:
+            raise ArgumentError('uri and on both say where MongoDB is; give one of them')
+        if on is not None:
+            uri = _url_of(on)
+        if server is not None and not isinstance(server, Flask):
+            raise ArgumentError(f'server must be a Flask app, not {type(server).__name__}')
+        for option, value in {'max_body': max_body, 'listeners': listeners, 'timeout': timeout}.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ArgumentError(f'{option} must be a number above 0, not {value!r}')
+        self.name, self.max_body, self.listeners, self.timeout = name, max_body, listeners, timeout
+        self.guard = Guard(token, private, hosts)
+        self._target = None if uri is None else target(uri)
+        self.watcher = Watcher(lambda: self.url)
+        self.ending = False
+        self._consumers: list[ConsumerProcess] = []
+        self._pid = os.getpid()
+        self._web: Server | None = None
+        self._thread: threading.Thread | None = None
+        self.server = server or self._make_server()
+        self.server.register_blueprint(make_blueprint(self), url_prefix=url_prefix)
+
+    def _make_server(self) -> Flask:
+        server = Flask(__name__, static_folder=None)
+        server.before_request(self.guard.check_host)
+        server.register_error_handler(Refused, refusal)
+        return server
+
+    # --- what it is
+
+    @property
+    def url(self) -> str:
+        """The URL of the MongoDB database that is meant."""
+        if self._target is None:
+            self._target = target()
+        return _full_url(self._target)
+
+    @property
+    def address(self) -> str | None:
+        """Where a browser finds the app, while `run` or `start` serve it."""
+        return self._web.url if self._web is not None else None
+
+    @property
+    def consumers(self) -> list[ConsumerProcess]:
+        """The consumers that this process has started; those of a process that was forked are its parent's."""
+        return list(self._consumers) if os.getpid() == self._pid else []
+
+    def problems(self, look: Look | None = None) -> list[str]:
+        """What is not well, in words: nothing, or no database, a dead consumer, a stalled group."""
+        look = look or self.watcher.look()
+        stalled = (
+            f'stream {stream.name!r}, group {status.name!r}: windows wait, and none was finished since '
+            f'{status.group.stalled:%Y-%m-%d %H:%M:%S} UTC'
+            for stream in look.streams
+            for status in stream.groups
+            if status.group.stalled and status.group.owner
+        )
+        return [*filter(None, [look.error, *(consumer.problem for consumer in self.consumers)]), *stalled]
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        """Answer as a WSGI app, so that any server can run it: ``gunicorn module:app``."""
+        return self.server(environ, start_response)
+
+    def route(self, rule: str, **options: Any) -> Callable[..., Any]:
+        """Add a page of yours, as Flask's ``route`` does.
+
+        Raises:
+            ArgumentError: if the app has something there already.
+        """
+        methods = {method.upper() for method in options.get('methods') or ('GET',)}
+        for known in self.server.url_map.iter_rules():
+            if known.rule == rule and methods & (known.methods or set()):
+                raise ArgumentError(f'{rule} is the endpoint {known.endpoint!r}; choose another path')
+        return self.server.route(rule, **options)
+
+    # --- consumers
+
+    def start_streaming(self, consumer: Callable[[str], Any], name: str | None = None) -> None:
+        """Run a consumer in a process of its own, and start it again whenever it ends.
+
+        Args:
+            consumer: called with the MongoDB URL; it defines functions with ``@streaming(..., url=url)``, and so does
+                not return. It is sent with what it refers to in its module, which is not imported again: open there
+                what cannot be sent. Logging is to be set up in it, too.
+            name: how logs and status call it; the name of the function by default.
+
+        Raises:
+            ArgumentError: if it cannot be sent to a process, or there is one of this name.
+        """
+        if is_consumer_process():
+            logger.info('a consumer does not start consumers; its module was imported by one')
+            return
+        if not callable(consumer):
+            raise ArgumentError(f'consumer must be a function that takes the URL, not {consumer!r}')
+        name = name or str(getattr(consumer, '__name__', type(consumer).__name__))
+        if os.getpid() != self._pid:
+            self._consumers, self._pid = [], os.getpid()
+        if name in [each.name for each in self._consumers]:
+            raise ArgumentError(f'there is a consumer {name!r} already; give this one another name=')
+        process = ConsumerProcess(consumer, self.url, name)
+        atexit.unregister(self.stop)
+        atexit.register(self.stop)
+        process.start()
+        self._consumers.append(process)
+
+    # --- serving
+
+    def run(self, host: str = '127.0.0.1', port: int = 5000) -> None:
+        """Serve until Ctrl-C, SIGTERM or `stop`, then stop all consumers. It is a production server.
+
+        Args:
+            host: the address to listen at; loopback, so that only this machine can ask.
+            port: 0 for any that is free.
+
+        Raises:
+            MinibatchError: if the address is taken.
+        """
+        web = self._listen(host, port)
+        print(f'{self.name}: {web.url} (Ctrl-C stops it)', file=sys.stderr, flush=True)
+        try:
+            with self._signals():
+                web.serve()
+                self.stop()
+        finally:
+            self.stop()
+
+    def start(self, host: str = '127.0.0.1', port: int = 5000) -> str:
+        """Serve in a thread, until `stop`; for notebooks. Returns the address."""
+        web = self._listen(host, port)
+        self._thread = threading.Thread(target=web.serve, name='minibatch-app', daemon=True)
+        self._thread.start()
+        atexit.unregister(self.stop)
+        atexit.register(self.stop)
+        return web.url
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """End all consumers, after what they have in flight, and the server. No process stays behind.
+
+        Args:
+            timeout: seconds; what has not ended by then is killed, and its windows are tried again some time.
+        """
+        self.ending = True
+        consumers = self.consumers
+        for consumer in consumers:
+            consumer.stop(timeout)
+        if self._web is not None and os.getpid() == self._pid:
+            self._web.stop()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+        for consumer in consumers:
+            consumer.join()
+        self._consumers, self._web, self._thread = [], None, None
+        atexit.unregister(self.stop)
+
+    def __enter__(self) -> StreamingApp:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def _listen(self, host: str, port: int) -> Server:
+        if self._web is not None:
+            raise ArgumentError(f'the app is served already, at {self._web.url}; stop() it first')
+        if host not in LOOPBACK and not host.startswith('127.') and not self.guard.private:
+            logger.warning('whoever can reach %s port %s can read all streams; %s and private=True', host, port, HOW_TO)
+        self._web = Server(self.server, host, port, self.listeners, self.max_body)
+        self.ending, self._pid = False, os.getpid()
+        return self._web
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C stop the app; the second one does not wait for what is in flight."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        first = 0.0
+
+        def end(number: int, frame: Any) -> None:
+            nonlocal first
+            if first and time.monotonic() - first > 0.2:
+                for consumer in self._consumers:
+                    consumer.hurry()
+            first = first or time.monotonic()
+            self.ending = True
+            if self._web is not None:
+                self._web.stop()
+
+        before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _url_of(om: Any) -> str:
+    url = getattr(getattr(om, 'datasets', None), 'mongo_url', None)
+    if not isinstance(url, str):
+        raise ArgumentError(f'on must be an omega|ml instance, with datasets.mongo_url; {type(om).__name__} has none')
+    return url
+
+
+def _full_url(where: Target) -> str:
+    """A URL that says all of it, for another process."""
+    parts = urlsplit(where.url)
+    more = urlencode({name: str(value).lower() if isinstance(value, bool) else value for name, value in where.options})
+    query = '&'.join(filter(None, (parts.query, more)))
+    return urlunsplit(parts._replace(path='/' + quote(where.dbname, safe=''), query=query))

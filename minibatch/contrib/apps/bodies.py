@@ -1,0 +1,60 @@
+"""JSON in and out: what a client posts as messages, and messages as a client is shown them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from bson import json_util
+
+from minibatch.errors import DataError
+
+LINES_TYPES = {'application/x-ndjson', 'application/ndjson', 'application/jsonl', 'application/x-jsonlines'}
+TYPES = {'application/json', *LINES_TYPES}
+MAX_SHOWN = 200
+
+
+def read_messages(body: bytes, content_type: str) -> list[dict[str, Any]]:
+    """The messages of a request: a JSON object, a JSON array of objects, or an object a line.
+
+    Raises:
+        DataError: naming the line or item that is wrong, and what is wrong with it.
+    """
+    try:
+        text = body.decode('utf-8-sig')
+    except UnicodeDecodeError as exc:
+        raise DataError(f'the body is not UTF-8: byte {exc.start} is 0x{body[exc.start]:02x}') from None
+    if content_type in LINES_TYPES:
+        lines = [(f'line {number}', line) for number, line in enumerate(text.split('\n'), 1) if line.strip()]
+        return [_message(_parse(line, where), where) for where, line in lines]
+    found = _parse(text, 'the body')
+    if isinstance(found, list):
+        return [_message(item, f'item {number}') for number, item in enumerate(found)]
+    return [_message(found, 'the body')]
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise DataError(f'{where} is nested too deeply') from None
+    except ValueError as exc:
+        raise DataError(f'{where} is no JSON: {exc}') from None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f'{constant} is no number of JSON')
+
+
+def _message(found: Any, where: str) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        shown = json.dumps(found)
+        shown = shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + ' ...'
+        raise DataError(f'{where} must be a JSON object, not {shown}')
+    return found
+
+
+def as_json(value: Any) -> str:
+    """JSON text of anything that MongoDB can store; what JSON has no word for is relaxed extended JSON."""
+    text: str = json_util.dumps(value, json_options=json_util.RELAXED_JSON_OPTIONS, separators=(',', ':'))
+    return text
