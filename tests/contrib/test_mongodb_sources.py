@@ -86,7 +86,7 @@ def test_a_collection_that_does_not_exist_yet_is_waited_for(url, db, things):
 def test_only_documents_that_match_the_query_are_brought_and_each_query_has_its_position(url, db, things):
     things.insert_many([{'i': i, 'kind': i % 3} for i in range(30)])
     for kind in (0, 1):
-        with running(poll(things, query={'kind': kind}), url):
+        with running(poll(things, query={'kind': kind}, overlap=0), url):
             await_numbers(db, {i for i in range(30) if i % 3 <= kind})
 
 
