@@ -103,6 +103,7 @@ def test_an_update_of_a_document_of_more_than_half_the_limit_is_brought(url, db,
         started(db)
         things.update_one({'_id': 0}, {'$set': {'text': 'b' * 9_000_000, 'i': 1}})
         await_numbers(db, [1])
+    assert [about['operation'] for _, about in messages(db)] == ['update']
 
 
 def test_what_has_come_is_appended_without_waiting_for_more(url, db, things, monkeypatch):
@@ -126,7 +127,8 @@ def test_no_more_is_read_ahead_than_fits_into_memory_comfortably(url, db, things
         assert (len(events), idle) == (3, None)
 
 
-def test_a_source_that_never_brought_anything_has_its_start_nevertheless(url, db, things):
+def test_a_source_that_never_brought_anything_has_its_start_nevertheless(url, db, things, monkeypatch):
+    monkeypatch.setattr(changes, 'SAVE_PAUSE', 1000.0)
     with running(MongoReplicasetSource(things), url):
         started(db)
     things.insert_many([{'i': i} for i in range(100)])
@@ -147,6 +149,19 @@ def test_the_position_moves_on_while_other_collections_change(url, db, things, m
     with running(MongoReplicasetSource(things), url):
         things.insert_one({'i': 3})
         await_numbers(db, [1, 2, 3])
+
+
+def test_it_starts_just_behind_a_time_of_the_server(mongod, url, db, things):
+    source = MongoReplicasetSource(things)
+    with mb.stream('test', url=url) as stream, mongod.client.start_session() as session:
+        producer = stream.producer(source._find_name())
+        things.insert_one({'i': 0}, session=session)
+        before = session.operation_time
+        things.insert_one({'i': 1})
+        producer.save(changes._behind(before))
+    with running(source, url):
+        things.insert_one({'i': 2})
+        await_numbers(db, [1, 2])
 
 
 def test_a_standalone_is_told_to_use_the_other_source(standalone, standalone_url):

@@ -86,7 +86,7 @@ def test_a_collection_that_does_not_exist_yet_is_waited_for(url, db, things):
 def test_only_documents_that_match_the_query_are_brought_and_each_query_has_its_position(url, db, things):
     things.insert_many([{'i': i, 'kind': i % 3} for i in range(30)])
     for kind in (0, 1):
-        with running(poll(things, query={'kind': kind}), url):
+        with running(poll(things, query={'kind': kind}, overlap=0), url):
             await_numbers(db, {i for i in range(30) if i % 3 <= kind})
 
 
@@ -106,7 +106,7 @@ def test_more_than_fits_into_memory_comfortably_comes_in_several_pages(url, db, 
 def test_documents_with_equal_values_are_neither_skipped_nor_repeated(url, db, things, size, overlap):
     chance = random.Random(SEED)
     docs = [{'_id': chance.choice([i, f'{i}', ObjectId()]), 'created': i // 7, 'i': i} for i in range(40)]
-    things.create_index([('created', 1), ('_id', 1)])
+    things.create_index('created' if size == 3 else [('created', 1), ('_id', 1)])
     things.insert_many(chance.sample(docs, 40))
     with running(poll(things, size=size, idcol='created', overlap=overlap), url):
         eventually(lambda: len(numbers(db)) >= 20)
