@@ -106,7 +106,7 @@ def test_more_than_fits_into_memory_comfortably_comes_in_several_pages(url, db, 
 def test_documents_with_equal_values_are_neither_skipped_nor_repeated(url, db, things, size, overlap):
     chance = random.Random(SEED)
     docs = [{'_id': chance.choice([i, f'{i}', ObjectId()]), 'created': i // 7, 'i': i} for i in range(40)]
-    things.create_index([('created', 1), ('_id', 1)])
+    things.create_index('created' if size == 3 else [('created', 1), ('_id', 1)])
     things.insert_many(chance.sample(docs, 40))
     with running(poll(things, size=size, idcol='created', overlap=overlap), url):
         eventually(lambda: len(numbers(db)) >= 20)
