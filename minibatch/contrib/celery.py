@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,8 @@ try:
     from celery.events import get_exchange
     from celery.events.state import TASK_EVENT_TO_STATE
     from kombu import Queue
+    from kombu.message import Message
+    from kombu.transport import virtual
 except ImportError as exc:
     raise ImportError('CeleryEventSource needs Celery: pip install minibatch[celery]') from exc
 
@@ -34,9 +37,6 @@ BATCH = 1000  # messages of the broker
 POLL = 0.2
 KEEP = 24 * 3600.0
 KEEP_BYTES = 256 << 20
-UNREADABLE_IN_A_ROW = 100
-# What the transports of kombu raise at a message which was not sent by kombu.
-UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 class CeleryEventSource:
@@ -135,14 +135,20 @@ class CeleryEventSource:
         with connection:
             lasting = self._keep > 0 and connection.transport.driver_type == 'amqp'
             arrived = _Arrived(stream, self._tasks, self._events, self._cancelled, lasting)
+            channel = connection.channel()
+            if isinstance(channel, virtual.Channel):
+                channel.Message = _AnyMessage
             consumer = connection.Consumer(
-                [self._queue(connection, stream, lasting)], callbacks=[arrived.take], on_decode_error=arrived.refuse,
-                no_ack=not lasting, accept=['json'], prefetch_count=BATCH if lasting else None,
+                [self._queue(connection, stream, lasting)], channel, callbacks=[arrived.take], accept=['json'],
+                on_decode_error=arrived.refuse, no_ack=not lasting, prefetch_count=BATCH if lasting else None,
             )  # fmt: skip
             with consumer:
                 logger.info('events of tasks come from %s', connection.as_uri())
                 while not self._cancelled.is_set():
-                    self._drain(connection, arrived)
+                    try:
+                        connection.drain_events(timeout=0 if arrived else POLL)
+                    except TimeoutError:
+                        arrived.append()
                 arrived.append()
 
     def _queue(self, connection: Any, stream: Stream, lasting: bool) -> Queue:
@@ -154,16 +160,16 @@ class CeleryEventSource:
         exchange = get_exchange(connection, name=self.celeryapp.conf.event_exchange)
         return Queue(f'celeryev.minibatch.{name}', exchange=exchange, routing_key='task.#', **options)
 
-    def _drain(self, connection: Any, arrived: _Arrived) -> None:
-        """Wait for a moment for events, and append them when there are no more or they are many."""
+
+class _AnyMessage(virtual.Message):  # type: ignore[misc]
+    """A message of a transport such as Redis, also one that kombu has not made, which would break the transport."""
+
+    def __init__(self, payload: Any, channel: Any = None, **options: Any) -> None:
         try:
-            connection.drain_events(timeout=0 if arrived else POLL)
-        except TimeoutError:
-            arrived.append()
-        except MinibatchError:
-            raise
-        except UNREADABLE as exc:
-            arrived.refuse_unseen(exc)
+            super().__init__(payload, channel, **options)
+        except Exception:
+            self.errors = [sys.exc_info()]
+            Message.__init__(self, payload, channel=channel)
 
 
 class _Tasks:
@@ -195,7 +201,7 @@ class _Arrived:
         self._tasks, self._events, self._cancelled = tasks, events, cancelled
         self._acknowledge = acknowledge
         self._messages: list[SourceMessage] = []
-        self._count = self._unreadable = 0
+        self._count = 0
         self._last: Any = None
 
     def __bool__(self) -> bool:
@@ -211,14 +217,6 @@ class _Arrived:
         self._messages.append(SourceMessage(message.body, error=f'{type(exc).__name__}: {exc}'))
         self._arrived(message)
 
-    def refuse_unseen(self, exc: Exception) -> None:
-        """Take note of a message that could not even be received; raise if that does not end."""
-        self._unreadable += 1
-        if self._unreadable > UNREADABLE_IN_A_ROW:
-            raise exc
-        self._messages.append(SourceMessage(None, error=f'not a message of Celery: {type(exc).__name__}: {exc}'))
-        self._count += 1
-
     def append(self) -> None:
         """Append all, and then acknowledge it to the broker, if that wants to know."""
         if self._messages:
@@ -228,7 +226,7 @@ class _Arrived:
         self._messages, self._count, self._last = [], 0, None
 
     def _arrived(self, message: Any) -> None:
-        self._count, self._unreadable, self._last = self._count + 1, 0, message
+        self._count, self._last = self._count + 1, message
         if self._count >= BATCH:
             self.append()
         if self._cancelled.is_set() and not self._acknowledge:

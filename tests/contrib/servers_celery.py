@@ -20,7 +20,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -95,7 +94,7 @@ class Broker:
     def __enter__(self) -> Any:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.kill()
 
 
@@ -130,13 +129,18 @@ class RabbitMQ(Broker):
     """Debian's rabbitmq-server, with all that belongs to it on the loopback and in `home`."""
 
     PROGRAM = '/usr/lib/rabbitmq/bin/rabbitmq-server'
+    names: subprocess.Popen[bytes] | None = None  # Erlang's name server
+
+    def __init__(self, home: Path) -> None:
+        super().__init__(home)
+        self.names_port = free_port()
 
     @property
     def url(self) -> str:
         return f'amqp://guest:guest@127.0.0.1:{self.port}//'
 
     def command(self) -> tuple[list[str], dict[str, str]]:
-        if not os.path.exists(self.PROGRAM) or not shutil.which('epmd'):
+        if not os.path.exists(self.PROGRAM):
             missing('rabbitmq-server is not installed: apt-get install rabbitmq-server')
         (self.home / 'plugins').write_text('[].')
         (self.home / 'rabbitmq.conf').write_text('loopback_users = none\nvm_memory_high_watermark.absolute = 1GB\n')
@@ -147,20 +151,24 @@ class RabbitMQ(Broker):
         return [self.PROGRAM], {
             'HOME': str(self.home), 'RABBITMQ_NODENAME': f'minibatch{self.port}@localhost',
             'RABBITMQ_NODE_IP_ADDRESS': '127.0.0.1', 'RABBITMQ_NODE_PORT': str(self.port),
-            'RABBITMQ_DIST_PORT': str(free_port()), 'ERL_EPMD_PORT': str(free_port()),
+            'RABBITMQ_DIST_PORT': str(free_port()), 'ERL_EPMD_PORT': str(self.names_port),
             'ERL_EPMD_ADDRESS': '127.0.0.1', 'RABBITMQ_MNESIA_BASE': str(self.home / 'mnesia'),
             'RABBITMQ_LOG_BASE': str(self.home / 'log'), 'RABBITMQ_CONFIG_FILE': str(self.home / 'rabbitmq'),
             'RABBITMQ_ENABLED_PLUGINS_FILE': str(self.home / 'plugins'), 'RABBITMQ_PID_FILE': str(self.home / 'pid'),
             'RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS': '-kernel inet_dist_use_interface {127,0,0,1}',
         }  # fmt: skip
 
+    def start(self) -> Broker:
+        environment = {**os.environ, 'ERL_EPMD_PORT': str(self.names_port), 'ERL_EPMD_ADDRESS': '127.0.0.1'}
+        if shutil.which('epmd'):  # else RabbitMQ starts one, which outlives it
+            self.names = subprocess.Popen(['epmd'], env=environment)
+        return super().start()
+
     def kill(self) -> None:
-        """SIGKILL, also of the port mapper, which has left its family."""
-        mappers = [process for process in psutil.process_iter(['name', 'environ'])
-                   if process.info['name'] == 'epmd' and (process.info['environ'] or {}).get('HOME') == str(self.home)]
         super().kill()
-        for process in mappers:
-            process.kill()
+        if self.names is not None:
+            self.names.kill()
+            self.names.wait(10)
 
 
 @contextmanager
