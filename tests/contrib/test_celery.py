@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager, suppress
 
 import celery
 import pytest
@@ -15,6 +16,7 @@ from servers import Mongod, eventually
 from servers_celery import RabbitMQ, Redis, publish, succeeded, worker
 
 import minibatch as mb
+from minibatch.contracts import SourceContract
 from minibatch.contrib import celery as contrib
 from minibatch.contrib.celery import CeleryEventSource
 from minibatch.errors import ArgumentError
@@ -126,6 +128,51 @@ def compare(scenario, db, sent, lost=range(0), doubled=range(1)):
     assert set(got) <= set(sent)
     assert row.lost in (lost or [0]), row
     assert row.doubled in doubled, row
+
+
+class CeleryContract(SourceContract):
+    resumes = False
+
+    @pytest.fixture(autouse=True)
+    def mongodb(self, url):
+        self.url = url
+
+    def make(self):
+        return CeleryEventSource(self.broker.app())
+
+    def send(self, numbers):
+        publish(self.broker.app(), list(map(succeeded, numbers)))
+
+    def number(self, data):
+        return int(data['task_id'])
+
+
+class TestCeleryEventSourceOnRedis(CeleryContract):
+    keeps = False
+
+    @pytest.fixture(autouse=True)
+    def server(self, redis):
+        self.broker = redis
+
+
+class TestCeleryEventSourceOnRabbitMQ(CeleryContract):
+    @pytest.fixture(autouse=True)
+    def server(self, rabbitmq):
+        self.broker = rabbitmq
+
+    @contextmanager
+    def _running(self, source, stream):
+        # A queue keeps what is sent from when a source has made it, the first time.
+        with super()._running(source, stream):
+            with self.broker.app().connection_for_read() as connection:
+                queue = f'celeryev.minibatch.{stream.id}'
+                eventually(lambda: has_queue(connection, queue))
+            yield
+
+
+def has_queue(connection, name):
+    with suppress(connection.channel_errors):
+        return connection.channel().queue_declare(name, passive=True)
 
 
 def test_the_events_of_a_worker_say_what_ran_with_which_outcome_and_how_long(broker, attach, db, tmp_path):
