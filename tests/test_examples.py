@@ -72,6 +72,15 @@ def test_the_mirror_of_a_collection_is_the_same_after_every_change_and_an_interr
     assert list(db.example_mirror_copy.find().sort('_id', 1)) == list(db.example_mirror_planes.find().sort('_id', 1))
 
 
+def test_every_task_of_celery_is_counted_when_it_has_finished(run):
+    out = run('tasks.py')
+    assert out.splitlines()[-1] == '400 tasks sent, 400 finished'
+    rows = [line.split() for line in out.splitlines() if line.startswith(('price', 'primes'))]
+    assert sum(int(row[2]) + int(row[4]) for row in rows) == 400
+    assert sum(int(row[3]) for row in rows) == sum(int(row[4]) for row in rows) > 0  # each failure was tried again
+    assert all(float(row[5]) <= float(row[6]) for row in rows)
+
+
 @pytest.mark.parametrize('command', [['weather.py'], ['flights.py', '1000']])
 def test_an_example_can_be_run_again(run, command):
     assert run(*command).splitlines()[-1] == run(*command).splitlines()[-1]
