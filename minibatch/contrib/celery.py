@@ -183,8 +183,8 @@ class _Tasks:
         task_id = event['uuid']
         complete = {**self._told.get(task_id, {}), **event}
         if event['type'] in TOLD_BY:
-            told = {field: event.get(field) for field in TOLD if len(str(event.get(field, ''))) <= REMEMBERED_TEXT}
-            self._told[task_id] = told
+            told = {field: event[field] for field in TOLD if field in event}
+            self._told[task_id] = {field: value for field, value in told.items() if len(str(value)) <= REMEMBERED_TEXT}
             self._told.move_to_end(task_id)
             if len(self._told) > REMEMBERED_TASKS:
                 self._told.popitem(last=False)

@@ -142,7 +142,7 @@ class DatasetSink:
             raise ArgumentError(f'dataset {self.dataset!r} is of kind {kind}; take one of documents or DataFrames')
 
     def _put_frame(self, result: Any) -> None:
-        frame = result.copy() if _is_frame(result) else _frame_of(result)
+        frame = result if _is_frame(result) else _frame_of(result)
         if len(frame):
             try:
                 self.om.datasets.put(frame, self.dataset, append=True)

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,11 @@ class Broker:
         """SIGKILL, with all that it started."""
         if self.process is not None:
             family = psutil.Process(self.process.pid).children(recursive=True)
-            for process in [*family, self.process]:
-                process.kill()
+            self.process.kill()
             self.process.wait(10)
+            for process in family:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             self.process = None
 
     def __enter__(self) -> Any:
