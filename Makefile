@@ -48,11 +48,12 @@ services:
 	@missing=; \
 	$(LIBRARIES_PRESENT) || missing=' libcurl4 libssl3'; \
 	PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || missing="$$missing mosquitto"; \
+	[ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] || missing="$$missing rabbitmq-server"; \
 	command -v chromium >/dev/null && command -v chromedriver >/dev/null || missing="$$missing chromium chromium-driver"; \
 	if [ "$$(uname -s)" != Linux ]; then \
-		echo 'services: nothing is installed on this system; tests that need mosquitto or chromium are skipped without'; \
+		echo 'services: nothing is installed on this system; tests that need mosquitto, rabbitmq or chromium are skipped without'; \
 	elif [ -z "$$missing" ]; then \
-		echo 'services: libcurl, OpenSSL 3, mosquitto and chromium are there'; \
+		echo 'services: libcurl, OpenSSL 3, mosquitto, rabbitmq and chromium are there'; \
 	elif ! command -v apt-get >/dev/null; then \
 		echo "services: no apt-get here; install these packages of Debian, or what they are called here:$$missing" >&2; exit 1; \
 	elif [ "$$(id -u)" != 0 ]; then \

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from . import kinds, marshaller
+from . import connection, kinds, marshaller
 from .abc import Sink, Source
 from .errors import ArgumentError
 from .models import Stream, check_name
@@ -42,7 +42,8 @@ def stream(name: str, fn: Callable[..., Any] | None = None, url: str | None = No
         url: a MongoDB URL, else what `connectdb` connected to, else MINIBATCH_MONGO_URL, else MONGO_URL, else the
             embedded MongoDB.
         options: interval, batchsize, linger; max_age, how long messages are kept, processed or not; max_backlog,
-            on_full, timeout: how many may wait, and what an append does then; cnx_kwargs. See `Stream.get_or_create`.
+            on_full, timeout: how many may wait, and what an append does then; see `Stream.get_or_create`. And the
+            options of `pymongo.MongoClient`, such as ``tlsCAFile``, by themselves or as a dict, ``cnx_kwargs``.
 
     Raises:
         ArgumentError: naming the argument.
@@ -56,8 +57,10 @@ def stream(name: str, fn: Callable[..., Any] | None = None, url: str | None = No
     if fn is not None:
         streaming(name, fn, url=url, **options)
         options = {}
+    of_client = {key: options.pop(key) for key in list(options) if connection.is_client_option(key)}
     _refuse_unknown('stream', options, STREAM_OPTIONS)
-    return Stream.get_or_create(name, url=url, **options)
+    cnx_kwargs = {**(options.pop('cnx_kwargs', None) or {}), **of_client}
+    return Stream.get_or_create(name, url=url, cnx_kwargs=cnx_kwargs, **options)
 
 
 class Streaming:

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import mongoengine
 import pymongo
-from pymongo import MongoClient, ReadPreference, WriteConcern
+from pymongo import MongoClient, ReadPreference, WriteConcern, common
 from pymongo.database import Database
 from pymongo.errors import (
     AutoReconnect,
@@ -252,6 +252,11 @@ def connectdb(
     if alias == DEFAULT_ALIAS:
         _default = chosen
     return chosen.client[chosen.dbname]
+
+
+def is_client_option(name: str) -> bool:
+    """Whether `pymongo.MongoClient` has an option of this name."""
+    return name.lower() in common.VALIDATORS
 
 
 def disconnect() -> None:

@@ -211,3 +211,10 @@ def test_append_many_says_which_message_is_wrong():
     stream = mb.stream('s', url='mongomock://localhost/api')
     with pytest.raises(DataError, match=r"items\[2\]: .*data\['b'\]"):
         stream.append_many([{}, {}, {'b': object()}])
+
+
+def test_a_stream_takes_the_options_of_the_client_by_themselves(url):
+    stream = mb.stream('test', url=url, appname='orders', tls=False, maxPoolSize=7)
+    assert dict(stream.target.options) == {'appname': 'orders', 'tls': False, 'maxPoolSize': 7}
+    with pytest.raises(mb.MinibatchError, match='maxPoolSizes'):
+        mb.stream('test', url=url, maxPoolSizes=7)

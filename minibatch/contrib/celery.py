@@ -57,21 +57,22 @@ class CeleryEventSource:
     things happened.
 
     Workers send events when they run with ``-E``. Celery tells the name and the arguments of a task only when it was
-    sent or received. The source remembers them, of the last 10,000 tasks; of a task that was received before the
-    source first ran, ``task_name`` is None.
+    sent or received. The source remembers them in memory, of the last 10,000 tasks; of a task that was received before
+    that, or before the process began, ``task_name`` is None.
 
     **What may be lost, what may come twice.** Celery sends events without asking whether they arrived: what a worker
     cannot send is lost. After that it depends on the broker:
 
     - *RabbitMQ (amqp)*: a queue of the stream keeps the events, also while no source runs, and an event leaves it after
-      it was appended. So a source that is killed, or loses a connection, loses nothing; some events may be appended a
-      second time, equal in task_id, task_event and ``task_info['clock']``. RabbitMQ keeps these messages in memory: the
-      events that wait in it are lost when it restarts. It deletes the queue when no source has read it for `keep`
-      seconds, and the oldest events in it beyond 256 MB.
+      it was appended. So a source that is killed, or loses a connection, loses nothing; events that came last may be
+      appended a second time, equal in task_id, task_event and ``task_info['clock']``. RabbitMQ keeps these messages in
+      memory: the events that wait in it are lost when it restarts. It deletes the queue when no source has read it for
+      `keep` seconds, and the oldest events in it beyond 256 MB.
     - *Redis*: events are published to whoever listens, and nobody keeps them. Lost is what is sent while the source
       does not run, or between the loss of its connection and its return, and what has arrived but is not appended yet
       when it is killed. Redis also closes the connection of a source that cannot append, once more waits for it than
-      ``client-output-buffer-limit pubsub`` allows (32 MB, or 8 MB for a minute), and drops that. Nothing comes twice.
+      ``client-output-buffer-limit pubsub`` allows (32 MB, or 8 MB for a minute; 32 MB were 30,000 events of a trial),
+      and drops all that waits. Nothing comes twice.
     - *Other brokers* as with Redis, and each in its way; see its page in Celery's manual.
 
     An event that cannot be read goes to the stream ``<stream>.dead_letters``, with the reason. Only JSON is read
