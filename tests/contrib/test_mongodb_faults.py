@@ -149,6 +149,7 @@ def prove(db, scenario, count):
     eventually(lambda: set(range(count)) <= set(numbers(db)), 60, f'lost after 60 s, seed {SEED}')
     found = numbers(db)
     row = Row(scenario, count, 0, lost=len(set(range(count)) - set(found)), doubled=len(found) - len(set(found)))
+    row.ordered = found == sorted(found)
     FAULTS.append(row)
     assert (row.lost, row.doubled) == (0, 0), f'seed {SEED}'
 
