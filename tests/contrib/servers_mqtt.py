@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -28,15 +29,16 @@ class Mosquitto:
     Args:
         folder: where its files are, of this broker alone.
         options: more lines of its configuration.
+        talks: whether its log has each packet.
         tls: the names, without their ends, of the files of a certificate authority and of its own certificate.
     """
 
-    def __init__(self, folder: Path, *options: str, tls: tuple[Path, Path] | None = None) -> None:
+    def __init__(self, folder: Path, *options: str, talks: bool = True, tls: tuple[Path, Path] | None = None) -> None:
         self.port = free_port()
         self.folder = folder
         self.log = folder / 'mosquitto.log'
-        self._tls = tls
-        self._options = options or ('allow_anonymous true',)
+        self._talks, self._tls = talks, tls
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -50,7 +52,7 @@ class Mosquitto:
         if program is None:
             missing('there is no mosquitto; on Debian and Ubuntu: apt-get install mosquitto')
         files = self.folder / 'mosquitto.conf'
-        files.write_text('\n'.join([*self._configuration(), *self._options, '']))
+        files.write_text('\n'.join([*self._configuration(), '']))
         self._process = subprocess.Popen([program, '-c', str(files)], stdin=subprocess.DEVNULL,
                                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         eventually(self._answers, message='mosquitto does not answer')
@@ -88,9 +90,10 @@ class Mosquitto:
             self.kill()
 
     def _configuration(self) -> list[str]:
-        lines = [f'listener {self.port} 127.0.0.1', 'user root', f'log_dest file {self.log}', 'log_type all',
-                 'persistence true', f'persistence_location {self.folder}/', 'max_queued_messages 0',
-                 'set_tcp_nodelay true']
+        lines = [f'listener {self.port} 127.0.0.1', 'user root', f'log_dest file {self.log}',
+                 f'log_type {"all" if self._talks else "subscribe"}', 'persistence true', f'persistence_location {self.folder}/', 'max_queued_messages 0',
+                 f'allow_anonymous {"false" if "password_file" in str(self._options) else "true"}',
+                 'set_tcp_nodelay true', *self._options]
         if self._tls:
             authority, own = self._tls
             lines += [f'cafile {authority}.crt', f'certfile {own}.crt', f'keyfile {own}.key']
@@ -145,3 +148,27 @@ def publish(url: str, messages: Iterable[tuple[str, bytes, int]], retain: bool =
 def numbers(source: int, start: int, end: int, qos: int = 1) -> Iterable[tuple[str, bytes, int]]:
     """Messages for `publish`, which say their source and number."""
     return ((f'test/{source}', json.dumps({'source': source, 'seq': seq}).encode(), qos) for seq in range(start, end))
+
+
+def flood(port: int, count: int, qos: int) -> None:
+    """Send `numbers` as fast as the broker reads them, and return when all of them are acknowledged; QoS 0 or 1."""
+    def packet(kind: int, body: bytes) -> bytes:
+        assert len(body) < 128
+        return bytes([kind, len(body)]) + body
+
+    def text(value: bytes) -> bytes:
+        return len(value).to_bytes(2, 'big') + value
+
+    def messages() -> Iterable[bytes]:
+        for i, (topic, payload, _) in enumerate(numbers(0, 0, count)):
+            mid = (i % 65535 + 1).to_bytes(2, 'big') if qos else b''
+            yield packet(0x30 | qos << 1, text(topic.encode()) + mid + payload)
+    with socket.create_connection(('127.0.0.1', port), 60) as connection:
+        connection.sendall(packet(0x10, text(b'MQTT') + bytes([4, 2, 0, 0]) + text(b'')))
+        answers = connection.makefile('rb')
+        assert answers.read(4)[3] == 0
+        sending = threading.Thread(target=connection.sendall, args=(b''.join(messages()),))
+        sending.start()
+        assert len(answers.read(4 * count if qos else 0)) == (4 * count if qos else 0)
+        sending.join()
+        connection.sendall(packet(0xE0, b''))

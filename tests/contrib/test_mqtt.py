@@ -31,9 +31,9 @@ def stored(db, name='test'):
 
 
 @contextmanager
-def receiving(source, stream, broker):
+def receiving(source, stream, broker, sign='Sending SUBACK'):
     """Run a source in a thread; it is subscribed when this begins, and must end when it is cancelled."""
-    before = broker.said('Sending SUBACK')
+    before = broker.said(sign)
     failed = []
 
     def run():
@@ -44,7 +44,7 @@ def receiving(source, stream, broker):
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        eventually(lambda: broker.said('Sending SUBACK') > before or failed)
+        eventually(lambda: broker.said(sign) > before or failed)
         assert not failed, failed
         yield
     finally:

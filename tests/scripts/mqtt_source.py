@@ -35,6 +35,7 @@ def kill_at(when, which):
     setattr(owner, name, wrapped)
 
 
+source = MQTTSource(config['broker'], 'test/#', **config['options'])
 if config['kill']:
     kill_at(*config['kill'])
-MQTTSource(config['broker'], 'test/#', **config['options']).stream(mb.stream('test', url=config['mongo']))
+source.stream(mb.stream('test', url=config['mongo']))
