@@ -2,11 +2,13 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from servers import missing
 
 EXAMPLES = Path(__file__).parent.parent / 'examples'
 
@@ -47,6 +49,14 @@ def test_the_flights_are_counted_and_averaged_as_pandas_does_and_drawn(run, db, 
     assert out.splitlines()[-1] == '3,000 flights in 553 hours of airlines, by pandas the same to the last digit'
     assert sum(doc['flights'] for doc in db.example_flights_hours.find()) == 3000
     assert (tmp_path / 'flights.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_sensors_lose_nothing_while_the_consumer_is_away(run, db):
+    if not shutil.which('mosquitto', path=f'{os.environ.get("PATH", "")}:/usr/sbin:/usr/local/sbin'):
+        missing('there is no mosquitto; on Debian and Ubuntu: apt-get install mosquitto')
+    out = run('sensors.py', '1200')
+    assert out.splitlines()[-1] == '1,200 measurements, 109.4 mm; by pandas 1,200 and 109.4 mm'
+    assert sum(doc['hours'] for doc in db.example_sensors_days.find()) == 1200
 
 
 @pytest.mark.parametrize('command', [['weather.py'], ['flights.py', '1000']])

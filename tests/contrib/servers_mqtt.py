@@ -90,9 +90,10 @@ class Mosquitto:
             self.kill()
 
     def _configuration(self) -> list[str]:
-        lines = [f'listener {self.port} 127.0.0.1', 'user root', f'log_dest file {self.log}',
-                 f'log_type {"all" if self._talks else "subscribe"}', 'persistence true', f'persistence_location {self.folder}/', 'max_queued_messages 0',
-                 f'allow_anonymous {"false" if "password_file" in str(self._options) else "true"}',
+        anonymous = not any('password_file' in option for option in self._options)
+        lines = [f'listener {self.port} 127.0.0.1', 'user root', f'allow_anonymous {str(anonymous).lower()}',
+                 f'log_dest file {self.log}', f'log_type {"all" if self._talks else "subscribe"}',
+                 'persistence true', f'persistence_location {self.folder}/', 'max_queued_messages 0',
                  'set_tcp_nodelay true', *self._options]
         if self._tls:
             authority, own = self._tls

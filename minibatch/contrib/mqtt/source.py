@@ -20,7 +20,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from minibatch.abc import SourceMessage
 from minibatch.errors import ArgumentError
 
-from .broker import CONNECT_TIMEOUT, Broker, check_qos, check_topic
+from .broker import CONNECT_TIMEOUT, Broker, check_bool, check_qos, check_topic
 from .subscriber import (
     Connected,
     Ended,
@@ -48,44 +48,43 @@ SAID_PAUSE = 60.0
 class MQTTSource:
     """A source that subscribes to topics of an MQTT broker.
 
-    A message of the stream is ``{'topic': str, 'payload': ..., 'qos': 0, 1 or 2, 'retain': bool}``, where the payload is
-    what the JSON of the MQTT message says. What is no JSON goes to the stream ``<stream>.dead_letters``.
+    A message of the stream is ``{'topic': str, 'payload': ..., 'qos': 0, 1 or 2, 'retain': bool}``, where the payload
+    is what the JSON of the MQTT message says. What is no JSON goes to the stream ``<stream>.dead_letters``.
 
-    The broker is told that a message has arrived when it is stored in the stream, not before. So what may be lost, or
-    come twice, depends on the quality of service (the lower of the publisher's and ``qos=``) and on the session:
+    The broker is told that a message has arrived when it is stored in the stream, not before. What may be lost or come
+    twice then depends on the quality of service (the lower of the publisher's and of ``qos=``), and on whether there is
+    a *session*: with ``client_id=`` the broker keeps the topics of a client that is away, and what comes for it.
 
-    ======================================  ====================================  ===================================
-    what happens                            with ``client_id=`` (a session)        without
-    ======================================  ====================================  ===================================
-    this process is killed (kill -9)        QoS 1: none lost, those in flight     lost: what is published until it
-                                            may come twice. QoS 2: none lost,     is back, and what was in flight
-                                            none twice
-    the connection is lost, or the broker   the same                              the same
-    restarts in the clean way
-    the broker is killed                    what the broker itself had not saved  the same
-                                            to disk is lost, or comes twice
-    a message is malformed                  it is a dead letter                   the same
-    the stream is full, MongoDB is away     QoS 1 and 2: none lost                none lost while the connection lasts
-    ======================================  ====================================  ===================================
+    ==============================  ======================  ======================  ===========================
+    what happens                    QoS 2, session          QoS 1, session          QoS 1 and 2, no session
+    ==============================  ======================  ======================  ===========================
+    this process is killed          0 lost, 0 twice         0 lost; twice what was  lost what is published until
+                                                            in flight               it is back, and in flight
+    the connection is lost, or the  0 lost, 0 twice         0 lost; twice what was  lost what is published until
+    broker restarts                                         in flight               it is back
+    the broker is killed            what it had not saved to disk may be lost, or come twice
+    a message is malformed          it is a dead letter; 0 lost
+    the stream is full, or MongoDB  0 lost, 0 twice; the source waits, and the broker keeps the rest
+    is away
+    ==============================  ======================  ======================  ===========================
 
-    - *QoS 0*: the broker sends each message once and forgets it. Lost is what was not stored when the process was
-      killed, and what comes while 100,000 of them (or 64 MB) wait for the stream: these are counted in `dropped`, and a
-      warning says so.
-    - *QoS 1*: in flight is what the broker has sent and not been told of. Its limit is the broker's
-      (``max_inflight_messages`` of mosquitto, 20, which mosquitto 2.0 itself exceeds in bursts), and 1,000 with
-      protocol '5'.
-    - *QoS 2, with a session*: the packet ids that are stored, and that the broker has not released, are stored with the
-      messages, by the same write. That is what makes "none twice" true after a crash too. It costs a second, small
-      write for each batch. One who uses the same client_id elsewhere in between breaks it: messages may come twice.
+    - *QoS 0*: the broker sends each message once and forgets it. Lost is what a killed process had not stored, and what
+      comes while 100,000 of them (or 64 MB) wait for the stream; that is counted in `dropped`, and a warning says so.
+    - *QoS 1* may repeat what is in flight: what the broker has sent and has no answer for. The broker limits it:
+      mosquitto to 20 (``max_inflight_messages``), but mosquitto 2.0 was seen to have 150 and more. With protocol='5'
+      this source sets a limit of 1,000.
+    - *QoS 2* repeats nothing, because the packet ids of what is stored are stored with it, by the same write, until the
+      broker has released them. If another program uses the client_id in between, messages may come twice.
+    - *A broker that is killed*: mosquitto saves every 30 minutes (``autosave_interval``, ``autosave_on_changes``).
 
-    A *session* is what the broker keeps for a client that is away: its subscriptions, and the messages for it. The broker
-    keeps it until it is told otherwise, with all messages: a client_id you no longer use fills the broker. Topics of an
-    earlier run stay subscribed. Only one process at a time may use a client_id; a second one makes the broker drop the
-    first. The consumers of one group take turns, so they can share it.
+    The broker keeps a session, and all messages for it, until it is told otherwise: a client_id that is used no more
+    fills the broker, and topics of an earlier run stay subscribed. A client_id is for one process at a time. The
+    consumers of one group take turns, so they share one. With it, the messages of all runs also come to the stream from
+    one producer; without, each run is a new one, and event time waits 30 seconds for the last.
 
-    The connection is made again when it is lost, after 1, 2, 4 ... 60 seconds. With each new subscription a broker sends
-    the retained messages of the topics, marked ``'retain': True``: after each start, too (with protocol '5', and in a
-    session, only for new topics).
+    The connection is made again when it is lost, after 1, 2, 4 ... 60 seconds. With each new subscription a broker
+    sends the retained messages of the topics, marked ``'retain': True``, so they come again after each start (with
+    protocol='5' and a session, only for new topics).
 
     Args:
         url: ``'mqtt://user:password@host:1883'``, or ``mqtts://`` for TLS (port 8883); 'localhost' and 'host:port' will
@@ -103,6 +102,7 @@ class MQTTSource:
         tls_insecure: with mqtts, True: the name in the broker's certificate may be another one than the host's.
 
     Attributes:
+        subscribed: a `threading.Event`, set when the broker has confirmed the topics.
         dropped: how many messages of QoS 0 were dropped because the stream did not take them in time.
 
     Raises:
@@ -142,12 +142,13 @@ class MQTTSource:
         if payload not in PAYLOADS:
             raise ArgumentError(f'payload must be one of {", ".join(map(repr, PAYLOADS))}, not {payload!r}')
         self._payload = payload
-        if clean_session not in (None, True, False):
-            raise ArgumentError(f'clean_session must be True or False, not {clean_session!r}')
+        if clean_session is not None:
+            check_bool('clean_session', clean_session)
         if clean_session is False and not self._broker.client_id:
             raise ArgumentError('clean_session=False needs a client_id=, by which the broker knows this client again')
         self._session = bool(self._broker.client_id) and not clean_session
         self._cancelled = threading.Event()
+        self.subscribed = threading.Event()
         self.dropped = 0
         self._said = -SAID_PAUSE
 
@@ -162,11 +163,11 @@ class MQTTSource:
             TimeoutError: if it does not answer.
         """
         self._cancelled.clear()
-        durable = self._session and self._qos == 2
-        name = f'mqtt/{self._broker.host}:{self._broker.port}/{self._broker.client_id}' if durable else None
+        self.subscribed.clear()
+        name = f'mqtt/{self._broker.host}:{self._broker.port}/{self._broker.client_id}' if self._session else None
         handover = HandOver(self._drop)
         client = Subscriber(handover, **self._broker.options(self._session))
-        reception = _Reception(self, client, stream.producer(name), durable)
+        reception = _Reception(self, client, stream.producer(name), durable=self._session)
         self._broker.connect(client, self._session)
         deadline = time.monotonic() + CONNECT_TIMEOUT
         try:
@@ -197,6 +198,7 @@ class MQTTSource:
                 raise ConnectionRefusedError(f'{self._broker} refused the subscription to {topic!r}: {code}')
             if code.value < self._qos:
                 logger.warning('%s sends %r with QoS %d at most', self._broker, topic, code.value)
+        self.subscribed.set()
 
     def _decode(self, message: mqtt.MQTTMessage) -> SourceMessage:
         payload = bytes(message.payload)
@@ -298,7 +300,7 @@ class _Reception:
         self.connected = True
 
     def _wait_for_connection(self, reason: str) -> None:
-        if not self.connected or reason == 'Session taken over':  # by another client of our name: no fight
+        if not self.connected:
             raise ConnectionError(f'{self._source._broker} closed the connection: {reason}')
         logger.warning('the connection to %s is lost, trying again: %s', self._source._broker, reason)
 
