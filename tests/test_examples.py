@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -79,6 +80,14 @@ def test_every_task_of_celery_is_counted_when_it_has_finished(run):
     assert sum(int(row[2]) + int(row[4]) for row in rows) == 400
     assert sum(int(row[3]) for row in rows) == sum(int(row[4]) for row in rows) > 0  # each failure was tried again
     assert all(float(row[5]) <= float(row[6]) for row in rows)
+
+
+def test_the_sensors_lose_nothing_while_the_consumer_is_away(run, db):
+    if not shutil.which('mosquitto', path=f'{os.environ.get("PATH", "")}:/usr/sbin:/usr/local/sbin'):
+        missing('there is no mosquitto; on Debian and Ubuntu: apt-get install mosquitto')
+    out = run('sensors.py', '1200')
+    assert out.splitlines()[-1] == '1,200 measurements, 109.4 mm; by pandas 1,200 and 109.4 mm'
+    assert sum(doc['hours'] for doc in db.example_sensors_days.find()) == 1200
 
 
 @pytest.mark.parametrize('command', [['weather.py'], ['flights.py', '1000']])
