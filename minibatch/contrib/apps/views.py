@@ -49,7 +49,7 @@ def make_blueprint(app: StreamingApp) -> Blueprint:
         ('/dead/replay', views.replay, 'POST'),
         ('/dead/discard', views.discard, 'POST'),
     ):
-        blueprint.add_url_rule(rule, view_func=view, methods=[method], merge_slashes=False)
+        blueprint.add_url_rule(rule, view_func=view, methods=[method])
     blueprint.before_request(app.guard.check_host)
     blueprint.after_request(security.harden)
     blueprint.register_error_handler(Exception, _on_error)
