@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 from . import groups, ledger, store
 from .connection import Target, target
+from .errors import ArgumentError
 from .groups import Group, Lag
 from .metrics import Histogram
 
@@ -93,10 +95,11 @@ def status(url: str | None = None, stream: str | None = None) -> list[StreamStat
 
 def _status(where: Target, name: str, found: list[Group]) -> StreamStatus:
     db = where.majority
-    listed = [
-        GroupStatus(group, group.lag(), groups.dead_count(group), ledger.count_open(db, name, group.name))
-        for group in found
-    ]
+    listed = []
+    for group in found:
+        with suppress(ArgumentError):  # it was deleted just now
+            open_windows = ledger.count_open(db, name, group.name)
+            listed.append(GroupStatus(group, group.lag(), groups.dead_count(group), open_windows))
     ends, starts = store.log_ends(db, name), store.log_starts(db, name)
     stored = sum(end - starts.get(producer, end) for producer, end in ends.items())
     appended = [ledger.count_appended(db, name, group.name, ends) for group in found]

@@ -51,6 +51,7 @@ def mongod() -> Iterator[Mongod]:
     """A replica set of one, shared by the whole session: do not kill it, start your own."""
     with Mongod() as server:
         yield server
+        connection.disconnect()  # while it still answers
 
 
 @pytest.fixture(scope='session')
@@ -58,6 +59,7 @@ def standalone() -> Iterator[Mongod]:
     """A server without change streams and transactions."""
     with Mongod(replica_set=False) as server:
         yield server
+        connection.disconnect()
 
 
 @pytest.fixture
