@@ -176,9 +176,9 @@ class Subscriber(Client):
         return super().reconnect()  # which forgets what waits to be sent
 
     def loop_read(self, max_packets: int = 1) -> Any:
+        self._ping_t = 0.0  # something has come, so the broker is there; its answer to a ping may be far behind
         if self._handover.wait_for_room(0.1):
             return super().loop_read(max_packets)
-        self._ping_t = 0.0  # the answer to a ping may be behind what is not read
         return mqtt.MQTT_ERR_SUCCESS
 
     def _send_pubrec(self, mid: int) -> Any:
