@@ -88,7 +88,9 @@ class KafkaSource:
     **What may be lost**: messages which Kafka deleted (its retention) before they were read; a warning says which
     offsets. Reading goes on as ``auto_offset_reset`` says, 'none' fails instead. Where a topic has no id, one that was
     made again under its name is read from the stored offset on, or, if it is not so long, as ``auto_offset_reset``
-    says, with a warning. **What may come twice**: what a Kafka producer has sent twice.
+    says, with a warning. **What may come twice**: what a Kafka producer has sent twice; and if a topic is deleted and
+    made again while it is read, what is read of the new one before that is noticed (within ``metadata_max_age_ms``, 5
+    minutes).
 
     Processes that run this source with the same ``group_id`` share the partitions. Give each stream a ``group_id`` of
     its own if several read a topic, or each gets only a part of it.
@@ -281,18 +283,21 @@ class _Reader(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def _place_all(self) -> None:
         self._changed = False
-        self._places = {}
+        before, self._places = self._places, {}
         for partition in self._consumer.assignment():
             topic_id = self._topic_ids.get(partition.topic)
             if topic_id is None:
                 self._changed = True  # it will come with the next metadata
             else:
-                self._places[partition] = self._place(partition, topic_id)
+                made_again = partition in before and before[partition].topic_id != topic_id
+                self._places[partition] = self._place(partition, topic_id, made_again)
 
-    def _place(self, partition: Any, topic_id: str) -> _Place:
+    def _place(self, partition: Any, topic_id: str, made_again: bool) -> _Place:
         """Go to where the stream has got to, else to where Kafka says that the group has, else to an end."""
         producer = self._stream.producer(self._name_of(partition, topic_id))
         offset, whose = producer.token, 'of the stream'
+        if offset is None and made_again:  # what is committed is still of the other one
+            offset, whose = self._first_of(partition), 'the topic was made again'
         if offset is None:
             offset, whose = self._committed(partition, topic_id), 'of the consumer group'
         if offset is None:
@@ -334,8 +339,12 @@ class _Reader(ConsumerRebalanceListener):  # type: ignore[misc]
         """The offset that ``auto_offset_reset`` says."""
         if self._reset == 'none':
             raise NoOffsetForPartitionError(f"{partition.topic}/{partition.partition}, with auto_offset_reset='none'")
-        ask = self._consumer.beginning_offsets if self._reset == 'earliest' else self._consumer.end_offsets
-        return int(ask([partition], timeout_ms=ASK_MS)[partition])
+        if self._reset == 'earliest':
+            return self._first_of(partition)
+        return int(self._consumer.end_offsets([partition], timeout_ms=ASK_MS)[partition])
+
+    def _first_of(self, partition: Any) -> int:
+        return int(self._consumer.beginning_offsets([partition], timeout_ms=ASK_MS)[partition])
 
     def _move(self, partition: Any, offset: int) -> None:
         """Leave an offset that Kafka does not have, and say what is missing."""
