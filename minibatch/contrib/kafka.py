@@ -48,7 +48,6 @@ SOURCE_DEFAULTS = {
     'auto_offset_reset': 'earliest',
     'isolation_level': 'read_committed',
     'max_poll_records': 1000,
-    'max_poll_interval_ms': 3_600_000,
     'session_timeout_ms': 10_000,
     'reconnect_backoff_max_ms': 5_000,
     'bootstrap_timeout_ms': 5_000,
@@ -102,10 +101,11 @@ class KafkaSource:
         configs: those of ``kafka.KafkaConsumer``, such as ``security_protocol``, ``sasl_mechanism``, ``ssl_cafile``.
             Here the defaults are group_id='group'; auto_offset_reset='earliest'; isolation_level='read_committed',
             which leaves out what belongs to an aborted transaction; max_poll_records=1000;
-            session_timeout_ms=10_000, after which Kafka gives the partitions of a killed process to the others;
-            max_poll_interval_ms=3_600_000, as the source waits while the stream is full. ``value_deserializer``
-            replaces JSON and ``key_deserializer`` the decoding of keys: functions of bytes, or
-            ``kafka.serializer.Deserializer``. ``enable_auto_commit`` is always False.
+            session_timeout_ms=10_000, after which Kafka gives the partitions of a killed process to the others. A
+            source that waits for longer than max_poll_interval_ms (kafka-python's 5 minutes), as the stream is full,
+            leaves its partitions to the others and takes part again later. ``value_deserializer`` replaces JSON and
+            ``key_deserializer`` the decoding of keys: functions of bytes, or ``kafka.serializer.Deserializer``.
+            ``enable_auto_commit`` is always False.
 
     Raises:
         ArgumentError: naming the argument that is wrong.
@@ -263,8 +263,13 @@ class _Reader(ConsumerRebalanceListener):  # type: ignore[misc]
         self._changed = True
 
     def on_partitions_revoked(self, revoked: Iterable[Any]) -> None:
-        """Nothing is to be saved: all is stored."""
+        """Nothing is to be saved: all is stored.
+
+        kafka-python 3.0.12 forgets to end a rebalance that begins as a topic or its partitions were added, if `poll`
+        returns before it is through; the source would stand still for ever. It does not forget what is asked for.
+        """
         self._changed = True
+        self._consumer._coordinator.request_rejoin()
 
     def _on_metadata(self, cluster: Any) -> None:
         """Note the ids of topics. Brokers before Kafka 2.8 do not tell them."""
