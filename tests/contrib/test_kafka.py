@@ -25,6 +25,7 @@ from servers_kafka import Broker
 
 import minibatch as mb
 from minibatch.abc import ExactlyOnceSink, Sink
+from minibatch.contracts import SinkContract, SourceContract
 from minibatch.contrib.kafka import KafkaSink, KafkaSource
 from minibatch.errors import ArgumentError, DataError
 from minibatch.testing import InlineExecutor
@@ -115,6 +116,37 @@ def prove(db, scenario, count, producers=1, name='test'):
     FAULTS.append(row)
     assert (row.lost, row.doubled, row.ordered) == (0, 0, True), row
     assert len({meta['partition'] for _, meta in found}) == producers
+
+
+# --- the contracts
+
+
+class TestSource(SourceContract):
+    @pytest.fixture(autouse=True)
+    def _place(self, broker, topic, url):
+        self.broker, self.topic, self.url = broker, topic, url
+
+    def make(self):
+        return source(self.broker, self.topic)
+
+    def send(self, numbers):
+        self.broker.send(self.topic, [b'{"i": %d}' % i for i in numbers])
+
+
+class TestSink(SinkContract):
+    @pytest.fixture(autouse=True)
+    def _place(self, broker, topic):
+        self.broker, self.topic, self.made = broker, topic, []
+        yield
+        for sink in self.made:
+            sink.close()
+
+    def make(self):
+        self.made.append(KafkaSink(self.topic, self.broker.url))
+        return self.made[-1]
+
+    def received(self):
+        return [json.loads(record.value) for record in self.broker.received(self.topic, 1)]
 
 
 # --- what a message is
