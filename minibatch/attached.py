@@ -27,12 +27,11 @@ class Attached:
     Attributes:
         source: the source.
         ended: whether it has come to its end by itself.
-        failure: what it failed with last, in words, while it has not run well since; else ''.
     """
 
     def __init__(self, stream: Stream, source: Source) -> None:
         self.source, self._stream = source, stream
-        self.ended, self.failure = False, ''
+        self.ended, self._failure, self._started = False, '', 0.0
         self._cancelled = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -40,6 +39,12 @@ class Attached:
     def running(self) -> bool:
         """Whether its thread is at work."""
         return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failure(self) -> str:
+        """What it failed with last, in words, while it has not run well since; else ''."""
+        well = self.running and time.monotonic() - self._started > WELL
+        return '' if well else self._failure
 
     @property
     def cancelled(self) -> bool:
@@ -72,20 +77,20 @@ class Attached:
     def _run_on(self) -> None:
         pause, longest = PAUSES
         while not self.cancelled:
-            started = time.monotonic()
+            self._started = time.monotonic()
             try:
                 self.run()
                 return
             except Exception as exc:
                 if self.cancelled:
                     return
-                if time.monotonic() - started > WELL:
+                if time.monotonic() - self._started > WELL:
                     pause = PAUSES[0]
-                self.failure = masked_text(f'{type(exc).__name__}: {exc}')
+                self._failure = masked_text(f'{type(exc).__name__}: {exc}')
                 told = isinstance(exc, (MinibatchError, OSError))  # else it may be a mistake in the source
                 logger.warning(
                     'the source of stream %r (%s) failed, it is started again in %g s: %s',
-                    self._stream.name, type(self.source).__name__, pause, self.failure, exc_info=not told,
+                    self._stream.name, type(self.source).__name__, pause, self._failure, exc_info=not told,
                 )  # fmt: skip
             self._cancelled.wait(pause)
             pause = min(pause * 2, longest)

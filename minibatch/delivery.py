@@ -178,7 +178,7 @@ class Delivery:
     def _delivered(self, claim: Claim, outcome: Outcome, committed: list[Claim]) -> None:
         if outcome.missing:
             self.expired(outcome.missing)
-        claim.in_function, claim.newest = outcome.in_function, outcome.newest
+        claim.in_function, claim.newest, claim.missing = outcome.in_function, outcome.newest, outcome.missing
         committed.append(claim)
 
     def _forward(self, claim: Claim, outcome: Outcome) -> None:
@@ -273,10 +273,11 @@ class Delivery:
 
     def _counts(self, claim: Claim, now: datetime) -> dict[str, float]:
         """What a processed window adds to the counters of its group."""
-        counts = {'windows': 1, 'messages': claim.n, **metrics.observed(function=claim.in_function, sizes=claim.n)}
-        if claim.newest is not None:
-            counts.update(metrics.observed(latency=max((now - claim.newest).total_seconds(), 0.0)))
-        return counts
+        counts: dict[str, float] = {'windows': 1, 'messages': claim.n - claim.missing}
+        if claim.newest is None:  # nothing was left of it, so no function was called
+            return counts
+        latency = max((now - claim.newest).total_seconds(), 0.0)
+        return {**counts, **metrics.observed(function=claim.in_function, sizes=claim.n, latency=latency)}
 
     # --- fail
 

@@ -338,8 +338,8 @@ def read_positions(db: DB, stream: str, group: str, session: ClientSession | Non
 
 def furthest_position(db: DB, stream: str, producer: str, session: ClientSession | None = None) -> int:
     """The furthest position of any group in the log of a producer."""
-    found = db.position.find({**id_prefix(f'{stream}/'), 'stream': stream, 'producer': producer}, session=session)
-    return max((int(doc['offset']) for doc in found), default=0)
+    ids = [f'{group["_id"]}/{producer}' for group in groups_of(db, stream, session)]
+    return max((int(doc['offset']) for doc in db.position.find({'_id': {'$in': ids}}, session=session)), default=0)
 
 
 def write_positions(db: DB, stream: str, group: str, epoch: int, moved: dict[str, int]) -> None:

@@ -5,7 +5,8 @@ in the record batch of the message, by the same write. So whoever reads the outs
 starts from the token of the last message that is stored, and nothing is lost or doubled.
 
 Two processes with the same name at once do no harm: both would write the same offset, which only one of them can. The
-other is told, and goes on from the token.
+other is told, and goes on from the token. One that has slept looks first, because what the other has written may be
+processed and deleted by then. What remains is one that is frozen inside its insert: it looks afterwards.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from . import clock, connection, ledger, store
 from .abc import SourceMessage
 from .backlog import Limits, Room, count_backlog
 from .connection import Target, is_passing
-from .errors import CancelledError, DataError, OvertakenError, ServerError
-from .producer import INSERT_BYTES, cuts, encode_both, new_id, reason_of
+from .errors import ArgumentError, CancelledError, DataError, OvertakenError, ServerError
+from .producer import INSERT_BYTES, MAX_MESSAGE_BYTES, RENEWED, cuts, encode_both, new_id, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ AWAKE = 5.0
 INSERT_MESSAGES = 10_000
 SAID_PAUSE = 60.0
 RAW_KEPT = 1 << 20
+TEXT_KEPT = 1 << 16
 
 
 class NamedProducer:
@@ -91,7 +93,7 @@ class NamedProducer:
             try:
                 if message.error:
                     raise DataError(message.error)
-                good.append(_Encoded(*encode_both(message.data, message.meta), message.token))
+                good.append(_encoded(message.data, message.meta, message.token))
             except DataError as exc:
                 bad.append(message._replace(error=str(exc)))
         self._be_sure()
@@ -105,9 +107,13 @@ class NamedProducer:
     def save(self, token: Any) -> None:
         """Store a token without a message: all that the source has up to there is dealt with.
 
+        A number below the last one says that the source begins again there, such as when its log was made anew.
+
         Raises:
             CancelledError: if the source was cancelled while this waited.
         """
+        if isinstance(token, int) and isinstance(self.token, int) and token < self.token:
+            self._open_dead_letters().save(token)  # else what comes again would be taken for what is there
         self._patiently(lambda: store.save_place(self._target.majority, self._stream, self.id, self._offset, token))
         self.token = token
 
@@ -119,9 +125,10 @@ class NamedProducer:
 
     def _be_sure(self) -> None:
         """See that the log ends where we think: who has slept for long, or failed, does not know."""
-        if not self._named and not self._sure:
-            self.id, self._offset, self._sure = new_id(), 0, True
-        elif self._named and not (self._sure and time.monotonic() - self._looked < AWAKE):
+        asleep = time.monotonic() - self._looked
+        if not self._named and not (self._sure and asleep < RENEWED):
+            self.id, self._offset, self._sure, self._looked = new_id(), 0, True, time.monotonic()
+        elif self._named and not (self._sure and asleep < AWAKE):
             offset = self._offset
             self._look()
             if self._offset != offset:
@@ -143,7 +150,9 @@ class NamedProducer:
         start = 0
         for _, end in _inserts(messages):
             while start < end:
-                part = messages[start : start + self._take_room(end - start)]
+                room = self._take_room(end - start)
+                self._be_sure()  # it may have waited for long
+                part = messages[start : start + room]
                 self._insert_at_once(part)
                 start += len(part)
 
@@ -158,6 +167,8 @@ class NamedProducer:
         self._offset = offset
         if messages[-1].token is not None:
             self.token = messages[-1].token
+        if self._named:
+            self._be_sure()  # if that took long, others may have gone on meanwhile, and their messages be deleted
 
     def _write(self, records: list[Any]) -> None:
         if self._target.is_mock:
@@ -167,7 +178,8 @@ class NamedProducer:
         if refusal:
             self._be_sure()
             raise ServerError(f'MongoDB refused messages of a source of stream {self._stream!r}: {refusal}')
-        self._sure, self._looked = True, time.monotonic()
+        before, self._looked = self._looked, time.monotonic()
+        self._sure = self._looked - before < AWAKE
 
     def _patiently(self, attempt: Callable[[], Any]) -> Any:
         """Do something with MongoDB, again and again while that is not reachable."""
@@ -205,19 +217,25 @@ class NamedProducer:
 
     def _set_aside(self, messages: Sequence[SourceMessage]) -> None:
         """Append to the dead-letter stream what is not there yet: it is written first, so it may be there already."""
+        dead_letters = self._open_dead_letters()
+        dead_letters._be_sure()
+        new = [message for message in messages if not _is_behind(message.token, dead_letters.token)]
+        if not new:
+            return
+        dead_letters._insert([_dead_letter(message) for message in new])
+        self._rejected.say(
+            'stream %r: %d messages of a source, such as one with %r, could not be appended; they are in the stream %r',
+            self._stream, len(new), messages[0].error[:200], self._stream + DEAD_LETTERS,
+        )  # fmt: skip
+
+
+    def _open_dead_letters(self) -> NamedProducer:
         if self._dead_letters is None:
             name = self._stream + DEAD_LETTERS
             options = {'max_age': DEAD_LETTERS_KEPT.total_seconds()}
             self._patiently(lambda: store.open_stream(self._target.majority, name, options, clock.now()))
             self._dead_letters = NamedProducer(self._target, name, self._name, Limits(), self._cancelled)
-        self._dead_letters._be_sure()
-        there = self._dead_letters.token
-        new = [message for message in messages if not _is_behind(message.token, there)]
-        self._dead_letters._insert([_dead_letter(message) for message in new])
-        self._rejected.say(
-            'stream %r: %d messages of a source, such as one with %r, could not be appended; they are in the stream %r',
-            self._stream, len(new), messages[0].error[:200], self._stream + DEAD_LETTERS,
-        )  # fmt: skip
+        return self._dead_letters
 
 
 class _Encoded(NamedTuple):
@@ -259,8 +277,30 @@ def _is_behind(token: Any, there: Any) -> bool:
 
 def _dead_letter(message: SourceMessage) -> _Encoded:
     """The message as the dead-letter stream has it, so that it can be stored whatever it is."""
+    error = message.error[:TEXT_KEPT].encode(errors='backslashreplace').decode()
     data = message.data[:RAW_KEPT] if isinstance(message.data, (bytes, str)) else message.data
-    with suppress(DataError):
-        return _Encoded(*encode_both({'error': message.error, 'data': data}, message.meta), message.token)
-    as_text = {'error': message.error, 'data': repr(data)[:RAW_KEPT]}
-    return _Encoded(*encode_both(as_text, repr(message.meta)[:RAW_KEPT]), message.token)
+    as_text = {'error': error, 'data': _text(data)}
+    for letter, meta in (({'error': error, 'data': data}, message.meta), (as_text, message.meta)):
+        with suppress(DataError):
+            return _encoded(letter, meta, message.token)
+    return _encoded(as_text, _text(message.meta), message.token)
+
+
+def _encoded(data: Any, meta: Any, token: Any) -> _Encoded:
+    """A message with its token; DataError if they cannot be stored together."""
+    raw, frozen = encode_both(data, meta)
+    try:
+        size = len(bson.encode({'token': token}))
+    except Exception as exc:
+        raise ArgumentError(f'MongoDB cannot store the token {_text(token)[:200]}: {exc}') from None
+    size += len(raw) + (0 if frozen is None else len(frozen.raw))
+    if size > MAX_MESSAGE_BYTES:
+        raise DataError(f'data, meta and token have {size:,} bytes, MongoDB stores at most {MAX_MESSAGE_BYTES:,}')
+    return _Encoded(raw, frozen, token)
+
+
+def _text(value: Any) -> str:
+    try:
+        return repr(value)[:TEXT_KEPT].encode(errors='backslashreplace').decode()
+    except Exception:
+        return f'<{type(value).__name__}>'

@@ -44,6 +44,7 @@ CODEC: Any = bson.CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
 RETRY_PAUSES = (0.1, 1.0)
 ROOM_PAUSES = (0.05, 0.5)
 THREAD_IDLE = 1.0
+RENEWED = 12 * 3600.0  # seconds; less than positions of idle producers are kept
 UNLIMITED = Limits()
 
 _registry: dict[tuple[Target, str], Producer] = {}
@@ -93,6 +94,7 @@ class Producer:
         self.target, self.stream = target, stream
         self.id = new_id()
         self._offset = 0
+        self._used = time.time()
         self._lock = threading.RLock()
         self._condition = threading.Condition(self._lock)
         self.inherited = False  # by a forked child, which has producers of its own
@@ -284,6 +286,10 @@ class Producer:
 
     def _cut_records(self) -> list[tuple[Entry, RawBSONDocument, int]]:
         """Take entries off the queue, as many as one insert should carry, and give them their offsets."""
+        now = time.time()
+        if now - self._used > RENEWED:  # groups may have forgotten how far they are in the log of this one
+            self.id, self._offset = new_id(), 0
+        self._used = now
         records: list[tuple[Entry, RawBSONDocument, int]] = []
         size, offset, taken = 0, self._offset, 0
         for entry in self._queue:

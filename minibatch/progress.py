@@ -72,6 +72,7 @@ class Claim(WindowPlan):
     committed: bool = False  # its sink has committed it, with its results
     in_function: float = 0.0  # seconds, of the last attempt
     newest: datetime | None = None  # when its newest message was created, as its worker has seen
+    missing: int = 0  # how many of its messages had expired
 
     @property
     def aside(self) -> bool:

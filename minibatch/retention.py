@@ -172,7 +172,7 @@ class Follower:
             if upto > cleaned:
                 if not self._lease.valid:
                     raise LeaseLostError
-                self._cleaned[producer] = clean(db, self._stream, Span(producer, cleaned, upto))
+                self._cleaned[producer] = clean(db, self._stream, Span(producer, cleaned, upto), session)
                 self._newly_cleaned[producer] = self._cleaned[producer]
         if time.monotonic() - self._read_marked > READ_MARK_PAUSE:
             store.touch_stream(db, self._stream, self._now())
@@ -206,11 +206,13 @@ class Follower:
         if time.monotonic() - self._pruned < PRUNE_PAUSE:
             return
         self._pruned = time.monotonic()
-        db = self._target.majority
+        db, now = self._target.majority, self._now()
         alive = store.log_ends(db, self._stream)
         finished = ledger.finished_spans(db, self._stream, self._group, self._written_number)
         alive = {**{producer: spans[0].end for producer, spans in finished.items()}, **alive}
-        ledger.prune_positions(db, self._stream, self._group, alive, self._now())
+        if not self._lease.valid:
+            raise LeaseLostError
+        ledger.prune_positions(db, self._stream, self._group, alive, now)
         self._positions = {producer: at for producer, at in self._positions.items() if producer in alive}
         # What a repeated insert has brought back behind us is found from the start again.
         self._cleaned = {p: at for p, at in self._cleaned.items() if p in alive and (self._keep or at < alive[p])}

@@ -105,11 +105,13 @@ def clear_stream(db: DB, name: str) -> int:
     """Delete messages, windows and dead letters of a stream; positions and numbers go on. Returns how many messages."""
     deleted = count_messages(db, name)
     for producer, end in log_ends(db, name).items():
-        _keep_place(db, name, Span(producer, 0, end))
+        if is_named(producer):
+            _see_and_keep_place(db, name, Span(producer, 0, end))
     for part in _indexed(name):
         db.buffer.delete_many(part)
-    db.window.delete_many({'stream': name})
-    db.window_spans.delete_many({'stream': name})
+    for ids in (id_prefix(f'{name}/'), {'_id': {'$type': 'objectId'}}):  # the others are of the older library
+        db.window.delete_many({**ids, 'stream': name})
+    db.window_spans.delete_many({**id_prefix(f'{name}/'), 'stream': name})
     db.dead.delete_many({**id_prefix(f'{name}/'), 'stream': name})
     return deleted
 
@@ -265,7 +267,13 @@ def save_place(db: DB, stream: str, producer: str, offset: int, token: Any) -> N
     _save_place(db, stream, producer, offset, token, older={'$lte': offset})
 
 
-def _keep_place(db: DB, stream: str, span: Span, session: ClientSession | None = None) -> None:
+def _see_and_keep_place(db: DB, stream: str, span: Span) -> None:
+    with db.client.start_session(causal_consistency=True) as session:
+        see_all(db, stream, session)
+        _keep_place(db, stream, span, session)
+
+
+def _keep_place(db: DB, stream: str, span: Span, session: ClientSession | None) -> None:
     """Save where a named producer is, if its last record batch is about to be deleted with others of the span."""
     if is_named(span.producer):
         last = _last_record(db, stream, span.producer, session)
@@ -478,19 +486,20 @@ def _record_around(
 # --- retention
 
 
-def delete_records(db: DB, stream: str, span: Span) -> int:
-    """Delete the record batches that lie wholly within a span; returns where the span is deleted up to."""
-    with db.client.start_session(causal_consistency=True) as session:
-        _keep_place(db, stream, span, session)
-        db.buffer.delete_many(_whole_batches(stream, span), session=session)
-        return _end_of_whole_batches(db, stream, span, session)
+def delete_records(db: DB, stream: str, span: Span, session: ClientSession | None = None) -> int:
+    """Delete the record batches that lie wholly within a span; returns where the span is deleted up to.
+
+    A session that has written before reads from the primary that is one.
+    """
+    _keep_place(db, stream, span, session)
+    db.buffer.delete_many(_whole_batches(stream, span), session=session)
+    return _end_of_whole_batches(db, stream, span, session)
 
 
-def mark_processed(db: DB, stream: str, span: Span) -> int:
+def mark_processed(db: DB, stream: str, span: Span, session: ClientSession | None = None) -> int:
     """Mark the record batches that lie wholly within a span as processed; returns where they are up to."""
-    with db.client.start_session(causal_consistency=True) as session:
-        db.buffer.update_many(_whole_batches(stream, span), {'$set': {'processed': True}}, session=session)
-        return _end_of_whole_batches(db, stream, span, session)
+    db.buffer.update_many(_whole_batches(stream, span), {'$set': {'processed': True}}, session=session)
+    return _end_of_whole_batches(db, stream, span, session)
 
 
 def delete_older(db: DB, stream: str, before: datetime) -> int:
@@ -508,7 +517,8 @@ def delete_older(db: DB, stream: str, before: datetime) -> int:
             if times[-1].replace(tzinfo=before.tzinfo) >= before:
                 break
             upto = offset + n
-        _keep_place(db, stream, Span(producer, start, upto))
+        if is_named(producer) and upto > start:
+            _see_and_keep_place(db, stream, Span(producer, start, upto))
         db.buffer.delete_many(_log_range(stream, Span(producer, start, upto)))
         deleted += upto - start
     old = {'stream': stream, 'offset': None, 'created': {'$lt': before}}
@@ -533,7 +543,7 @@ def _whole_batches(stream: str, span: Span) -> Doc:
     return {**_log_range(stream, span), '$or': [{'n': 1}, whole]}  # one message is whole, and cheaper to see
 
 
-def _end_of_whole_batches(db: DB, stream: str, span: Span, session: ClientSession) -> int:
+def _end_of_whole_batches(db: DB, stream: str, span: Span, session: ClientSession | None) -> int:
     last = _record_around(db, stream, span.producer, span.end, {'offset': 1, 'n': 1}, session)
     cut = last is not None and last['offset'] + last['n'] > span.end
     return int(last['offset']) if last is not None and cut else span.end

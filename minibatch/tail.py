@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from heapq import merge
 
 from . import clock, store
 from .connection import Target
@@ -20,16 +21,19 @@ def tail(target: Target, stream: str, last: int, follow: bool) -> Iterator[Messa
     db = target.majority
     ends = store.log_ends(db, stream)
     if last:
-        spans = [Span(producer, max(end - last, 0), end) for producer, end in ends.items()]
-        yield from _messages(target, stream, spans)[-last:]
+        newest: list[Message] = []
+        for producer, end in ends.items():  # one after the other, so that not all are in memory
+            found_here = _messages(target, stream, [Span(producer, max(end - last, 0), end)])
+            newest = list(merge(newest, found_here, key=lambda message: message.created))[-last:]
+        yield from newest
     quiet = time.monotonic()
     while follow:
         found = store.log_ends(db, stream)
         if found.keys() - ends.keys():
             ends = {**store.log_starts(db, stream), **ends}
-        # Of each producer so many at most, so that a flood is read in pieces.
+        chunk = max(CHUNK // max(len(found), 1), 1)  # so that a flood is read in pieces
         spans = [
-            Span(producer, ends.get(producer, 0), min(end, ends.get(producer, 0) + CHUNK))
+            Span(producer, ends.get(producer, 0), min(end, ends.get(producer, 0) + chunk))
             for producer, end in found.items() if end > ends.get(producer, 0)
         ]  # fmt: skip
         messages = _messages(target, stream, spans)

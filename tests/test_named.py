@@ -273,3 +273,68 @@ def test_a_process_that_is_killed_at_any_moment_neither_loses_nor_doubles(url, d
         if mb.stream('test', url=url).producer(NAME).token == 2000:
             break
     assert stored(db) == list(range(2000)), f'seed {SEED}'
+
+
+def test_one_that_waited_for_room_while_others_went_on_is_told(url, db, monkeypatch):
+    monkeypatch.setattr(named, 'AWAKE', 0.0)
+    with mb.stream('test', url=url, max_backlog=2) as stream:
+        stream.producer('other').append_many([SourceMessage({'i': i}) for i in (-1, -2)])
+        sleeper, told = stream.producer(NAME), []
+
+        def wait():
+            try:
+                sleeper.append_many(messages(5, 7))
+            except OvertakenError as exc:
+                told.append(exc)
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        eventually(lambda: sleeper._waits._next)
+        mb.stream('test', url=url)
+        with mb.stream('free', url=url) as free:  # the same log, without the limit
+            free.name = 'test'
+            free.producer(NAME).append_many(messages(0, 3))
+        stream.clear()
+        thread.join(20)
+        assert told
+        assert sleeper.token == 3
+        assert stored(db) == []
+
+
+@pytest.mark.parametrize(
+    'message',
+    [
+        SourceMessage(b'x', token=1, error='file \udcff'),
+        SourceMessage({'a' * 5_000_000 + '\0': 1}, token=1),
+        SourceMessage({'a': 'x' * ((16 << 20) - 8222)}, token={'seen': b'x' * 80_000}),
+        SourceMessage({'a': 'x' * (16 << 20)}, {'file': 'a'}, 1),
+    ],
+    ids=['error', 'key', 'token', 'size'],
+)
+def test_whatever_a_message_is_it_does_not_stop_the_source(stream, db, message):
+    producer = stream.producer(NAME)
+    assert producer.append_many([message, SourceMessage({'i': 1}, token=2)]) == 1
+    assert stored(db) == [1]
+    assert db.buffer.count_documents({'stream': 'test.dead_letters'}) == 1
+
+
+def test_a_message_whose_repr_fails_is_a_dead_letter(stream, db):
+    class Mean:
+        def __repr__(self):
+            raise RuntimeError('no')
+
+    stream.producer(NAME).append_many([SourceMessage(Mean(), token=1)])
+    assert db.buffer.find_one({'stream': 'test.dead_letters'})['data']['data'] == '<Mean>'
+
+
+def test_a_token_that_mongodb_cannot_store_is_named(stream):
+    with pytest.raises(ArgumentError, match='cannot store the token'):
+        stream.producer(NAME).append({'i': 1}, token=object())
+
+
+def test_what_is_bad_in_a_log_made_anew_is_a_dead_letter_again(stream, db):
+    producer = stream.producer(NAME)
+    producer.append_many([SourceMessage(b'?', token=101, error='?')])
+    producer.save(10)
+    producer.append_many([SourceMessage(b'?', token=11, error='?')])
+    assert [doc['token'] for doc in db.buffer.find({'stream': 'test.dead_letters'}).sort('offset', 1)] == [101, 11]

@@ -301,3 +301,14 @@ def test_data_and_meta_that_are_too_large_together_are_refused_and_hold_nothing_
     stream.append({'source': 0, 'seq': 0})
     stream.flush()
     prove_log(db, 's', {0: 1})
+
+
+def test_a_producer_that_was_idle_for_half_a_day_begins_a_new_log(url, db):
+    stream = mb.stream('test', url=url)
+    stream.append({'a': 1})
+    stream._producer._used -= producer.RENEWED + 1
+    stream.append({'a': 2})
+    stream.append({'a': 3})
+    first, *others = db.buffer.find().sort('_id', 1)
+    assert [doc['offset'] for doc in (first, *others)] == [0, 0, 1]
+    assert first['producer'] != others[0]['producer'] == others[1]['producer']

@@ -150,6 +150,10 @@ class CeleryEventSource:
                         connection.drain_events(timeout=0 if arrived else POLL)
                     except TimeoutError:
                         arrived.append()
+                    except connection.connection_errors as exc:
+                        if not (lasting or isinstance(exc, MinibatchError)):
+                            arrived.append()  # nobody sends it again
+                        raise
                 arrived.append()
 
     def _queue(self, connection: Any, stream: Stream, lasting: bool) -> Queue:
@@ -231,6 +235,7 @@ class _Arrived:
         if self._count >= BATCH:
             self.append()
         if self._cancelled.is_set() and not self._acknowledge:
+            self.append()
             raise CancelledError  # Redis: drain_events does not return while more arrives
 
     def _read(self, body: Any) -> Iterator[SourceMessage]:

@@ -20,6 +20,8 @@ import traceback
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from minibatch.connection import masked_text
+
 from .supervisor import MAX_WORDS, PROCESS_VARIABLE
 
 PARENT_CHECK = 1.0
@@ -41,7 +43,7 @@ def main() -> None:
         consumer(url)
     except Exception as exc:
         traceback.print_exc()
-        said = f'{type(exc).__name__}: {exc}'.encode(errors='replace')
+        said = masked_text(f'{type(exc).__name__}: {exc}').encode(errors='replace')
         os.write(words, said[:MAX_WORDS])
         sys.exit(1)
 

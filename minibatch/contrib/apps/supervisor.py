@@ -122,7 +122,8 @@ class ConsumerProcess:
     def _supervise(self) -> None:
         pause, longest = PAUSES
         while True:
-            self._run()
+            if self._process is not None:
+                self._run()
             if self._stopped.is_set():
                 return
             if self._lived > WELL:
@@ -135,8 +136,11 @@ class ConsumerProcess:
             with self._lock:
                 if self._stopped.is_set():
                     return
-                self.restarts += 1
-                self._launch()
+                try:
+                    self._launch()
+                    self.restarts += 1
+                except OSError as exc:  # no memory, or no file descriptors, for the moment
+                    self.error = f'it could not be started: {exc}'
 
     def _launch(self) -> None:
         reader, writer = os.pipe()
@@ -146,6 +150,9 @@ class ConsumerProcess:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, pass_fds=[writer], start_new_session=True
             )
+        except BaseException:
+            os.close(reader)
+            raise
         finally:
             os.close(writer)
         self._words = reader

@@ -243,7 +243,7 @@ class MongoReplicasetSource:
         logger.warning(
             'collection %s: the server has no longer all changes from %s on (error %s). What was updated and deleted '
             'from then until %s may be missing; all documents are brought again, as operation rescan',
-            self.collection.full_name, place['time'], exc.code, now.as_datetime(),
+            self.collection.full_name, producer.token.get('time', place['time']), exc.code, now.as_datetime(),
         )  # fmt: skip
         producer.save(_scan(now))
 
