@@ -143,7 +143,8 @@ def test_a_source_outlives_a_clean_restart_of_the_broker(broker, stream, db, qos
         send_last(broker, db, counts, qos)
     row = count(db, counts, f'MQTT QoS {qos}, broker restarted')
     assert row.lost == 0
-    assert row.repeated <= (IN_FLIGHT if qos == 1 else 0)
+    # Also of QoS 2: after a restart mosquitto 2.0 sends messages (PUBLISH) that it had released (PUBREL) before.
+    assert row.repeated <= IN_FLIGHT
 
 
 @pytest.mark.parametrize('qos', [1, 2])
@@ -178,7 +179,7 @@ def test_a_killed_broker_loses_what_it_has_not_saved(tmp_path, url, db, saves):
         with source(url, broker):
             send_last(broker, db, counts, 1)
     row = count(db, counts, f'MQTT QoS 1, broker killed{", autosave_on_changes" if saves else ""}, source away')
-    assert row.lost == (0 if saves else 500)
+    assert row.lost <= 1 if saves else row.lost == 500  # it saves when more than autosave_interval have changed
 
 
 def test_packet_ids_of_a_session_that_is_no_more_swallow_nothing(broker, url, db):

@@ -60,8 +60,8 @@ class MQTTSource:
     ==============================  ======================  ======================  ===========================
     this process is killed          0 lost, 0 twice         0 lost; twice what was  lost what is published until
                                                             in flight               it is back, and in flight
-    the connection is lost, or the  0 lost, 0 twice         0 lost; twice what was  lost what is published until
-    broker restarts                                         in flight               it is back
+    the connection is lost, or the  0 lost, 0 twice; see    0 lost; twice what was  lost what is published until
+    broker restarts                 below for mosquitto     in flight               it is back
     the broker is killed            what it had not saved to disk may be lost, or come twice
     a message is malformed          it is a dead letter; 0 lost
     the stream is full, or MongoDB  0 lost, 0 twice; the source waits, and the broker keeps the rest
@@ -74,7 +74,8 @@ class MQTTSource:
       mosquitto to 20 (``max_inflight_messages``), but mosquitto 2.0 was seen to have 150 and more. With protocol='5'
       this source sets a limit of 1,000.
     - *QoS 2* repeats nothing, because the packet ids of what is stored are stored with it, by the same write, until the
-      broker has released them. If another program uses the client_id in between, messages may come twice.
+      broker has released them. If another program uses the client_id in between, messages may come twice. And
+      mosquitto 2.0.11, after a restart, was seen to send up to 360 messages again that it had released already.
     - *A broker that is killed*: mosquitto saves every 30 minutes (``autosave_interval``, ``autosave_on_changes``).
 
     The broker keeps a session, and all messages for it, until it is told otherwise: a client_id that is used no more
