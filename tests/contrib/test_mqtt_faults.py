@@ -227,6 +227,7 @@ def test_what_came_over_a_lost_connection_is_not_acknowledged_over_the_next(brok
         assert set(before.values()) == {0}
         db.buffer.delete_many({})
         send_last(broker, db, counts, qos)
+    eventually(lambda: broker.said('Received DISCONNECT from tests'))
     told = broker.said(f'Received {"PUBACK" if qos == 1 else "PUBREC"} from tests')
     assert told == 10 + 1
     row = count(db, counts, f'MQTT QoS {qos}, connection lost')

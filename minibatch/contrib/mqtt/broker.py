@@ -71,7 +71,7 @@ class Broker:
             raise ArgumentError(f'client_id must be a text, not {self.client_id!r}')
         if str(given['protocol']) not in PROTOCOLS:
             raise ArgumentError(f"protocol must be '3.1.1' or '5', not {given['protocol']!r}")
-        self._protocol = PROTOCOLS[str(given['protocol'])]
+        self.protocol = PROTOCOLS[str(given['protocol'])]
         self._keepalive = given['keepalive']
         if type(self._keepalive) is not int or not 1 <= self._keepalive <= 65535:
             raise ArgumentError(f'keepalive must be a number of seconds from 1 to 65535, not {self._keepalive!r}')
@@ -110,8 +110,8 @@ class Broker:
 
     def options(self, session: bool) -> dict[str, Any]:
         """The arguments of a paho client."""
-        options = {'client_id': self.client_id, 'protocol': self._protocol}
-        return options if self._protocol == mqtt.MQTTv5 else {**options, 'clean_session': not session}
+        options = {'client_id': self.client_id, 'protocol': self.protocol}
+        return options if self.protocol == mqtt.MQTTv5 else {**options, 'clean_session': not session}
 
     def connect(self, client: Client, session: bool) -> None:
         """Connect, and start the thread of the client.
@@ -127,7 +127,7 @@ class Broker:
         client.connect_timeout = CONNECT_TIMEOUT
         client.reconnect_delay_set(*RECONNECT_PAUSES)
         later: dict[str, Any] = {}
-        if self._protocol == mqtt.MQTTv5:
+        if self.protocol == mqtt.MQTTv5:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.ReceiveMaximum = BATCH_MESSAGES
             properties.SessionExpiryInterval = 0xFFFFFFFF if session else 0  # never

@@ -62,16 +62,17 @@ class MQTTSource:
                                                             in flight               it is back, and in flight
     the connection is lost, or the  0 lost, 0 twice; see    0 lost; twice what was  lost what is published until
     broker restarts                 below for mosquitto     in flight               it is back
-    the broker is killed            what it had not saved to disk may be lost, or come twice
-    a message is malformed          it is a dead letter; 0 lost
-    the stream is full, or MongoDB  0 lost, 0 twice; the source waits, and the broker keeps the rest
+    the broker is killed            what it had not saved   the same                the same
+                                    is lost or comes twice
+    a message is malformed          a dead letter           a dead letter           a dead letter
+    the stream is full, or MongoDB  0 lost, 0 twice         0 lost, 0 twice         0 lost, 0 twice
     is away
     ==============================  ======================  ======================  ===========================
 
     - *QoS 0*: the broker sends each message once and forgets it. Lost is what a killed process had not stored, and what
       comes while 100,000 of them (or 64 MB) wait for the stream; that is counted in `dropped`, and a warning says so.
     - *QoS 1* may repeat what is in flight: what the broker has sent and has no answer for. The broker limits it:
-      mosquitto to 20 (``max_inflight_messages``), but mosquitto 2.0 was seen to have 150 and more. With protocol='5'
+      mosquitto to 20 (``max_inflight_messages``), but mosquitto 2.0 was seen to repeat up to 600. With protocol='5'
       this source sets a limit of 1,000.
     - *QoS 2* repeats nothing, because the packet ids of what is stored are stored with it, by the same write, until the
       broker has released them. If another program uses the client_id in between, messages may come twice. And
@@ -187,7 +188,7 @@ class MQTTSource:
         self._cancelled.set()
 
     def _subscribe(self, client: Subscriber) -> None:
-        if client.protocol == mqtt.MQTTv5:  # a subscription that is there already brings no retained messages again
+        if self._broker.protocol == mqtt.MQTTv5:  # a topic that is subscribed already brings no retained messages again
             options = SubscribeOptions(self._qos, retainHandling=SubscribeOptions.RETAIN_SEND_IF_NEW_SUB)
             client.subscribe([(topic, options) for topic in self._topics])
         else:
