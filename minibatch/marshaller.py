@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import platform
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -68,7 +69,11 @@ class Portable:
 
 
 def install(digest: str, blob: bytes) -> None:
-    """Make the function known in this worker."""
+    """Make the function known in this worker.
+
+    Raises:
+        PortabilityError: if something that it needs is not here.
+    """
     with _lock:
         if digest not in _loaded:
             _loaded[digest] = _loads(blob)
@@ -81,6 +86,11 @@ def _loads(blob: bytes) -> Any:
     reset = _loading.set(True)
     try:
         return cloudpickle.loads(blob)
+    except Exception as exc:
+        raise PortabilityError(
+            f'the function cannot be loaded by a worker on {platform.node()}: {type(exc).__name__}: {exc}. '
+            f'Install there what it needs, in the same version.'
+        ) from exc
     finally:
         _loading.reset(reset)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import clock, dead, ledger, store
 from .connection import using
 from .delivery import Delivery
-from .errors import LeaseLostError
+from .errors import LeaseLostError, PortabilityError
 from .lease import Adoption, Lease
 from .marshaller import Portable
 from .models import Buffer, Stream
@@ -499,6 +499,8 @@ class Planner:
         alone, self._alone = self._alone is not None, None
         try:
             outcomes: list[Outcome] = completion.result()
+        except PortabilityError:  # no fault of these windows: the others would fail as well
+            raise
         except Exception as exc:  # the worker died, or the executor failed
             return self._lost(task, exc, alone)
         seconds = sum(outcome.seconds for outcome in outcomes) / len(outcomes)
