@@ -314,7 +314,8 @@ class ExecutorContract:
 
     def test_what_a_callable_returns_comes_back_also_none_and_megabytes(self) -> None:
         with self._made() as executor:
-            for value in (1, None, []):
+            values: list[Any] = [1, None, []]
+            for value in values:
                 assert executor.submit(_Returns(value)).result() == value
             assert executor.submit(_Returns(b'many')).result() == b'many' * MANY
 

@@ -21,7 +21,7 @@ def run(url, tmp_path):
     def run(name, *args):
         environment = {**os.environ, 'MINIBATCH_MONGO_URL': url}
         program = [sys.executable, str(EXAMPLES / name), *args]
-        done = subprocess.run(program, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path)
+        done = subprocess.run(program, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, '')
         return done.stdout
 
@@ -79,6 +79,15 @@ def test_every_task_of_celery_is_counted_when_it_has_finished(run):
     assert sum(int(row[2]) + int(row[4]) for row in rows) == 400
     assert sum(int(row[3]) for row in rows) == sum(int(row[4]) for row in rows) > 0  # each failure was tried again
     assert all(float(row[5]) <= float(row[6]) for row in rows)
+
+
+def test_the_digits_are_read_the_same_in_one_process_in_two_and_on_dask_and_the_speed_is_drawn(run, tmp_path):
+    subprocess.run([sys.executable, '-c', 'import matplotlib.font_manager'], check=True, timeout=120)
+    out = run('digits.py', '60')
+    assert out.splitlines()[-1] == '57 of 60 digits are read right, each time the same'
+    assert re.findall(r'60 images, +\d+ a second, in (\d) processes', out) [:1] == ['1']
+    assert re.search(r'^Dask, 2 processes +█+ [\d.]+$', out, re.MULTILINE)
+    assert (tmp_path / 'digits.png').read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.mark.parametrize('command', [['weather.py'], ['flights.py', '1000']])
