@@ -32,7 +32,7 @@ def computed(window):
 @cache
 def dask():
     """The address of a cluster, which is closed at the end."""
-    cluster = LocalCluster(n_workers=WORKERS, threads_per_worker=1, host='127.0.0.1', dashboard_address=None)
+    cluster = LocalCluster(n_workers=WORKERS, threads_per_worker=1, host='127.0.0.1', dashboard_address='127.0.0.1:0')
     atexit.register(cluster.close)
     return cluster.scheduler_address.replace('tcp', 'dask')
 
@@ -75,7 +75,7 @@ def cases(server, given):
         for name, executor in ways:
             run = partial(process, server, executor, summed, windows, size)
             found.append(Case(f'cheap, size={size}, {name}', run, floor))
-    windows = given.count(2000, 20)
+    windows = given.count(600, 20)
     floor = 'costly: computed, nothing else'
     found.append(Case(floor, partial(compute_alone, windows)))
     for size in given.some(1, 1000):

@@ -34,7 +34,7 @@ QUIET = '--no-dashboard'
 def local_cluster() -> Iterator[str]:
     """The address of a LocalCluster of two processes, which are started again when they die."""
     with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, host='127.0.0.1', dashboard_address=None
+        n_workers=2, threads_per_worker=1, processes=True, host='127.0.0.1', dashboard_address='127.0.0.1:0'
     ) as cluster:
         yield cluster.scheduler_address
 
