@@ -91,5 +91,5 @@ clean:
 
 .venv/.dev: .venv/.made setup.cfg pyproject.toml
 	@echo 'Installing minibatch and its development tools into .venv (once)'
-	@$(PIP) install -e '.[embedded,kafka,mqtt,celery,apps,prometheus,dev]'
+	@$(PIP) install -e '.[embedded,kafka,mqtt,celery,apps,prometheus,dask,dev]'
 	@touch .venv/.demo $@

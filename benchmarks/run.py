@@ -18,7 +18,7 @@ from common import Given, Server, compare, print_table
 HERE = Path(__file__).parent
 RESULTS = HERE / 'results.json'
 CHART = HERE.parent / 'docs' / 'benchmarks.png'
-NAMES = ['append', 'batched', 'producers', 'drain', 'groups', 'backlog', 'latency', 'idle', 'memory']
+NAMES = ['append', 'batched', 'producers', 'drain', 'groups', 'backlog', 'latency', 'idle', 'memory', 'engines']
 PEERS = ['peer_bytewax']  # need packages of their own, so they are run by name only
 
 

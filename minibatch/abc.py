@@ -122,6 +122,24 @@ class BulkSink(Sink, Protocol):
         """
 
 
+@runtime_checkable
+class RemoteTask(Protocol):
+    """What a consumer gives to `Executor.submit`: a callable whose function an executor may send to each worker once.
+
+    Pickled as it is, it carries the function. ``pickle.loads`` of what `packed` returns is the callable again.
+    """
+
+    @property
+    def digest(self) -> str:
+        """What stands for the function; empty if there is none."""
+
+    def packed(self, with_function: bool) -> bytes:
+        """The task as bytes: spans and where MongoDB is, no messages; with the function, or just its digest.
+
+        In a process that does not have the function, unpickling the latter raises `UnknownFunctionError`.
+        """
+
+
 class Completion(Protocol):
     """What `Executor.submit` returns; `concurrent.futures.Future` is one."""
 
@@ -137,8 +155,19 @@ class Executor(Protocol):
     """Runs callables somewhere: in threads, processes, or on other machines.
 
     `submit` may run the callable before it returns. An executor that sends it to another process pickles it; the
-    callable takes care of functions that plain pickle refuses. Losing a worker is an exception of ``result()``.
+    callable takes care of functions that plain pickle refuses. Losing a worker is an exception of ``result()``; losing
+    the way to the workers is not: that lasts until it is found again. A method ``shutdown`` ends an executor that the
+    consumer made; a completion with a method ``cancel`` is cancelled when the consumer ends without it.
     """
 
     def submit(self, fn: Callable[[], Any]) -> Completion:
         """Start `fn` and return its completion."""
+
+
+@runtime_checkable
+class BoundedExecutor(Executor, Protocol):
+    """An executor that knows how much it can do at once, which may change, as that of a cluster does."""
+
+    @property
+    def workers(self) -> int:
+        """How many callables run at once, 0 while none can. It is given twice as many, or as ``workers=`` says."""

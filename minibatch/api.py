@@ -130,8 +130,10 @@ def streaming(
         queue: a (multiprocessing) queue; a true item in it stops the processing.
         source: a source, see `minibatch.abc.Source`; attached while this consumer has the lease.
         blocking: False to do one round only.
-        executor: class or instance of anything with ``submit(fn)``; worker processes by default.
-        workers: how many worker processes, all CPUs by default. With 1, calls are in the order of the messages.
+        executor: where the function runs: 'processes', the default, 'threads', 'inline', an address such as
+            'dask://host:8786', or class or instance of anything with ``submit(fn)``.
+        workers: how many worker processes, or calls at once; all CPUs by default, or all that the executor has. With
+            1, calls are in the order of the messages.
         max_workers: the same as `workers`.
         options: emit_empty, processfn, group, start, max_attempts, timeout, on_error, ordered, lease, stall_after,
             cnx_kwargs; see `WindowEmitter`. `group` names the consumer group: each group gets every message. A window
@@ -243,7 +245,7 @@ def _make(
         **options,
     )
     made.persist(keep)
-    if executor is None:
+    if made.executor is None or isinstance(made.executor, str):
         made.check_portable()
     return made
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import signal
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymongo.errors import PyMongoError
 
-from . import connection, lease, ledger
+from . import connection, executors, lease, ledger
 from .abc import Executor
 from .connection import is_passing
 from .errors import GroupConflictError, LeaseLostError
@@ -39,7 +38,6 @@ class Consumer:
     """Runs the windows of an emitter, as one of any number of consumers of its group."""
 
     executor: Executor
-    at_once: int  # how many tasks it is given at once
     limit: Limit | None = None
 
     def __init__(self, emitter: WindowEmitter) -> None:
@@ -61,6 +59,14 @@ class Consumer:
     @property
     def _workers(self) -> int:
         return self.emitter.max_workers or os.cpu_count() or 1
+
+    @property
+    def at_once(self) -> int:
+        """How many tasks the executor is given at once."""
+        most: int | None = getattr(self.executor, 'workers', None)  # see `minibatch.abc.BoundedExecutor`
+        if most is None:
+            return 2 * self._workers
+        return min(2 * most, self.emitter.max_workers or 2 * most)
 
     def wake(self, item: Any = None) -> None:
         """Make the loop look at once; `item` is a task with its completion, or nothing."""
@@ -147,21 +153,12 @@ class Consumer:
     def _executor(self) -> Iterator[None]:
         """Open the executor, and close it if it was made here."""
         given = self.emitter.executor
-        workers = self._workers
-        self.at_once = 2 * workers
         if given is None:
-            with self._limit(), Pool(workers, self._fn, self.emitter.stream.target) as self.executor:
+            with self._limit(), Pool(self._workers, self._fn, self.emitter.stream.target) as self.executor:
                 yield
-        elif isinstance(given, type):
-            takes_workers = 'max_workers' in inspect.signature(given).parameters
-            self.executor = given(max_workers=workers) if takes_workers else given()
-            try:
-                yield
-            finally:
-                getattr(self.executor, 'shutdown', lambda: None)()
         else:
-            self.executor = given
-            yield
+            with executors.opened(given, self._workers) as self.executor:
+                yield
 
     @contextmanager
     def _limit(self) -> Iterator[None]:

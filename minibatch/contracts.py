@@ -1,4 +1,4 @@
-"""Tests that every source and sink must pass, for yours too: subclass, say how it is made, and let pytest run it.
+"""Tests that every source, sink and executor must pass, for yours too: subclass, say how it is made, and run pytest.
 
 ::
 
@@ -17,15 +17,21 @@ They need a MongoDB; by default that is what `minibatch.connectdb` finds without
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import SkipTest, mock
 
-from .abc import Sink, Source
+from . import connection
+from .abc import Completion, Executor, Sink, Source
+from .api import make_emitter
+from .connection import Target
+from .messages import MessageWindow
 from .models import Stream
 from .named import NamedProducer
 
@@ -33,6 +39,8 @@ PATIENCE = 30.0
 PROBE_PAUSE = 0.3
 SOON = 5.0
 COUNT = 100
+MANY = 1_000_000
+SIZE = 10
 
 
 def _eventually(condition: Callable[[], Any], what: str) -> None:
@@ -40,6 +48,31 @@ def _eventually(condition: Callable[[], Any], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f'after {PATIENCE:g} s still not so: {what}'
         time.sleep(0.02)
+
+
+@contextmanager
+def _new_stream(url: str | None, **options: Any) -> Iterator[Stream]:
+    with Stream.get_or_create(f'contract-{secrets.token_hex(6)}', url=url, **options) as stream:
+        try:
+            yield stream
+        finally:
+            stream.delete()
+
+
+def _difference(brought: list[int], wanted: range) -> str:
+    """What is wrong with the numbers brought."""
+    twice = sorted({number for number in brought if brought.count(number) > 1})
+    missing = sorted(set(wanted) - set(brought))
+    return f'missing: {missing[:10]} ({len(missing)}); came twice: {twice[:10]} ({len(twice)}); in order: ' \
+           f'{brought == sorted(brought)}'
+
+
+@contextmanager
+def _explained(why: Callable[[], str]) -> Iterator[None]:
+    try:
+        yield
+    except AssertionError as exc:
+        raise AssertionError(f'{exc}; {why()}') from None
 
 
 class SourceContract:
@@ -72,16 +105,18 @@ class SourceContract:
     # --- the tests
 
     def test_it_has_the_methods_of_a_source(self) -> None:
-        assert isinstance(self.make(), Source)
+        source = self.make()
+        assert isinstance(source, Source), f'{type(source).__name__} must have the methods stream and cancel'
 
     def test_it_brings_every_message_once_and_in_order(self) -> None:
-        with self._stream() as stream, self._running(self.make(), stream):
+        with _new_stream(self.url) as stream, self._running(self.make(), stream):
             self.send(range(COUNT))
             self._wait_for(stream, range(COUNT))
-            assert self._numbers(stream) == list(range(COUNT))
+            brought = self._numbers(stream)
+            assert brought == list(range(COUNT)), _difference(brought, range(COUNT))
 
     def test_it_brings_what_was_sent_while_it_was_away(self) -> None:
-        with self._stream() as stream:
+        with _new_stream(self.url) as stream:
             for start in range(0, 3 * COUNT, COUNT):
                 if self.keeps and start:
                     self.send(range(start, start + COUNT))
@@ -93,7 +128,7 @@ class SourceContract:
 
     def test_the_same_source_goes_on_after_it_was_cancelled(self) -> None:
         source = self.make()
-        with self._stream() as stream:
+        with _new_stream(self.url) as stream:
             for start in range(0, 3 * COUNT, COUNT):
                 with self._running(source, stream):
                     self.send(range(start, start + COUNT))
@@ -102,12 +137,13 @@ class SourceContract:
 
     def test_it_ends_soon_when_it_is_cancelled_also_twice_and_leaves_no_thread(self) -> None:
         source, before = self.make(), set(threading.enumerate())
-        with self._stream() as stream:
+        with _new_stream(self.url) as stream:
             with self._running(source, stream):
                 self.send(range(COUNT))
                 self._wait_for(stream, range(COUNT))
                 started = time.monotonic()
-            assert time.monotonic() - started < SOON
+            took = time.monotonic() - started
+            assert took < SOON, f'the source took {took:.1f} s to end after cancel(); {SOON:g} s at most'
             source.cancel()
             stream.attach(source)
             stream.stop(SOON)
@@ -121,14 +157,15 @@ class SourceContract:
         self._fail_at_an_append(after=True)
 
     def test_it_waits_while_the_stream_is_full_and_loses_nothing(self) -> None:
-        with self._stream(max_backlog=COUNT // 2) as stream, self._running(self.make(), stream):
+        with _new_stream(self.url, max_backlog=COUNT // 2) as stream, self._running(self.make(), stream):
             stream.clear()  # of what was sent to try
             self.send(range(COUNT))
             _eventually(lambda: len(self._all(stream)) == COUNT // 2, 'the stream is full')
             first = self._numbers(stream)
             stream.clear()
             _eventually(lambda: set(first + self._numbers(stream)) == set(range(COUNT)), 'the rest has come')
-            assert sorted(first + self._numbers(stream)) == list(range(COUNT))
+            brought = first + self._numbers(stream)
+            assert sorted(brought) == list(range(COUNT)), _difference(brought, range(COUNT))
 
     # --- what they are made of
 
@@ -146,7 +183,7 @@ class SourceContract:
                 raise ConnectionError('a failure made by this test')
             return done
 
-        with self._stream() as stream:
+        with _new_stream(self.url) as stream:
             with self._running(self.make(), stream):
                 pass
             with mock.patch.object(NamedProducer, 'append_many', fails_twice), self._running(self.make(), stream):
@@ -161,12 +198,6 @@ class SourceContract:
             return self.number(data)
         except (KeyError, TypeError, ValueError):
             return -1
-
-    @contextmanager
-    def _stream(self, **options: Any) -> Iterator[Stream]:
-        with Stream.get_or_create(f'contract-{secrets.token_hex(6)}', url=self.url, **options) as stream:
-            yield stream
-            stream.clear()
 
     @contextmanager
     def _running(self, source: Source, stream: Stream) -> Iterator[None]:
@@ -194,12 +225,13 @@ class SourceContract:
         return [self.number(data) for doc in stream.buffer() for data in doc.batch or [doc.data]]
 
     def _wait_for(self, stream: Stream, numbers: range) -> None:
-        _eventually(lambda: set(numbers) <= set(self._numbers(stream)), f'{numbers} have come')
+        with _explained(lambda: _difference(self._numbers(stream), numbers)):
+            _eventually(lambda: set(numbers) <= set(self._numbers(stream)), 'all messages have come')
 
     def _prove(self, stream: Stream, numbers: range) -> None:
         brought = self._numbers(stream)
-        assert set(brought) == set(numbers)
-        assert not self.resumes or sorted(brought) == list(numbers)
+        brought = brought if self.resumes else sorted(set(brought))
+        assert sorted(brought) == list(numbers), _difference(brought, numbers)
 
 
 class SinkContract:
@@ -222,11 +254,12 @@ class SinkContract:
     # --- the tests
 
     def test_it_has_the_method_of_a_sink(self) -> None:
-        assert isinstance(self.make(), Sink)
+        sink = self.make()
+        assert isinstance(sink, Sink), f'{type(sink).__name__} must have the method put'
 
     def test_the_outside_system_has_a_message_when_put_returns(self) -> None:
         self.make().put({'i': 1})
-        assert self.received() == [{'i': 1}]
+        self._compare([{'i': 1}])
 
     def test_it_takes_a_list_of_messages_in_order(self) -> None:
         messages = [{'i': i} for i in range(COUNT)]
@@ -237,7 +270,7 @@ class SinkContract:
         sink = self.make()
         sink.put([])
         sink.put({'i': 1})
-        assert self.received() == [{'i': 1}]
+        self._compare([{'i': 1}])
 
     def test_it_takes_one_result_after_the_other(self) -> None:
         sink = self.make()
@@ -255,7 +288,7 @@ class SinkContract:
         thread = threading.Thread(target=sink.put, args=({'i': 1},))
         thread.start()
         thread.join()
-        assert self.received() == [{'i': 1}]
+        self._compare([{'i': 1}])
 
     def test_what_it_cannot_send_is_refused_with_an_error(self) -> None:
         sink = self.make()
@@ -263,7 +296,7 @@ class SinkContract:
             sink.put([{'i': 0, 'x': object()}])
         except Exception:
             sink.put([{'i': 1}])
-            assert self.received() == [{'i': 1}]
+            self._compare([{'i': 1}])
         else:
             raise AssertionError('an object() was put without an error')
 
@@ -271,4 +304,205 @@ class SinkContract:
         received = self.received()
         if not self.ordered:
             received = sorted(received, key=lambda message: int(message['i']))
-        assert received == messages
+        assert received == messages, f'the outside system has {received[:3]} ... ({len(received)}), and should have ' \
+                                     f'{messages[:3]} ... ({len(messages)})'
+
+
+class ExecutorContract:
+    """The contract of an executor. Define `make`, and `close` unless it is ``shutdown()``.
+
+    Attributes:
+        url: the MongoDB to use.
+        remote: whether callables run in other processes, which may die.
+        recovers: whether it goes on when one has died; else it is to raise in `submit`.
+    """
+
+    url: str | None = None
+    remote = True
+    recovers = True
+
+    def make(self) -> Executor:
+        """A new executor."""
+        raise NotImplementedError
+
+    def close(self, executor: Executor) -> None:
+        """Close it."""
+        getattr(executor, 'shutdown', lambda: None)()
+
+    # --- the tests
+
+    def test_it_has_the_method_of_an_executor(self) -> None:
+        with self._made() as executor:
+            assert isinstance(executor, Executor)
+            workers = getattr(executor, 'workers', 1)
+            assert isinstance(workers, int)
+            assert workers > 0
+
+    def test_what_a_callable_returns_comes_back_also_none_and_megabytes(self) -> None:
+        with self._made() as executor:
+            values: list[Any] = [1, None, []]
+            for value in values:
+                assert executor.submit(_Returns(value)).result() == value
+            assert executor.submit(_Returns(b'many')).result() == b'many' * MANY
+
+    def test_what_a_callable_raises_comes_out_of_result_and_the_next_one_is_run(self) -> None:
+        with self._made() as executor:
+            error = _error_of(executor.submit(_Raises()))
+            assert isinstance(error, KeyError)
+            assert error.args == ('raised',)
+            assert executor.submit(_Returns(1)).result() == 1
+
+    def test_a_callback_gets_the_completion_once_also_when_it_is_done_already(self) -> None:
+        with self._made() as executor:
+            for work in (_Returns(1), _Raises()):
+                done = executor.submit(work)
+                called: list[Any] = []
+                done.add_done_callback(called.append)
+                _eventually(lambda called=called: called, 'the callback is called')  # type: ignore[misc]
+                done.add_done_callback(called.append)
+                _eventually(lambda called=called: called[1:], 'the callback is called')  # type: ignore[misc]
+                assert called == [done, done]
+
+    def test_callables_from_several_threads_each_get_their_own_result(self) -> None:
+        with self._made() as executor:
+            results: dict[int, Any] = {}
+
+            def submit(first: int) -> None:
+                done = {i: executor.submit(_Returns(i)) for i in range(first, 4 * COUNT, 4)}
+                results.update((i, completion.result()) for i, completion in done.items())
+
+            threads = [threading.Thread(target=submit, args=(first,)) for first in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert results == {i: i for i in range(4 * COUNT)}
+
+    def test_nothing_begins_after_it_is_closed(self) -> None:
+        target, name = connection.target(self.url), f'contract_{secrets.token_hex(6)}'
+        with self._made() as executor:
+            for _ in range(2 * COUNT):
+                executor.submit(_Notes(target, name, 0.05 if self.remote else 0.0))
+            if self.remote:
+                _eventually(lambda: target.db[name].find_one(), 'something has begun')
+        time.sleep(PROBE_PAUSE)
+        begun = target.db[name].count_documents({})
+        time.sleep(PROBE_PAUSE)
+        assert target.db[name].count_documents({}) == begun
+        target.db[name].drop()
+
+    def test_consumers_give_each_message_once_to_their_own_function_whatever_it_is(self) -> None:
+        with self._made() as executor, _new_stream(self.url) as stream:
+            stream.append_many({'i': i} for i in range(COUNT))
+            for group, factor in (('plus', 1), ('minus', -1)):
+                times = partial(lambda factor, window: [factor * data['i'] for data in window.data], factor)
+                with self._consuming(stream, executor, times, group=group) as results:
+                    _eventually(lambda results=results: len(results) >= COUNT, 'all')  # type: ignore[misc]
+                assert sorted(results) == sorted(factor * i for i in range(COUNT))
+
+    def test_a_window_whose_function_raises_is_tried_again(self) -> None:
+        def fails_at_first(window: MessageWindow) -> list[int]:
+            if window.attempt == 1 and window.number % 2:
+                raise ValueError
+            return [data['i'] for data in window.data]
+
+        with self._made() as executor, _new_stream(self.url) as stream:
+            stream.append_many({'i': i} for i in range(COUNT))
+            with self._consuming(stream, executor, fails_at_first) as results:
+                _eventually(lambda: len(results) >= COUNT, 'all messages have come')
+            assert sorted(results) == list(range(COUNT))
+
+    def test_a_worker_that_dies_is_an_exception_and_what_comes_next_is_run(self) -> None:
+        with self._made() as executor:
+            if not self.remote:
+                return
+            assert str(_error_of(executor.submit(_Exits()))), 'it says nothing'
+            try:
+                assert executor.submit(_Returns(1)).result() == 1
+            except Exception:
+                assert not self.recovers
+
+    def test_a_window_that_kills_its_workers_is_a_dead_letter_and_those_beside_it_are_not(self) -> None:
+        def kills(window: MessageWindow) -> list[int]:
+            if any(data['i'] == COUNT // 2 for data in window.data):
+                os._exit(1)
+            return [data['i'] for data in window.data for _ in range(window.attempt)]
+
+        if not (self.remote and self.recovers):
+            return
+        with self._made() as executor, _new_stream(self.url) as stream:
+            stream.append_many({'i': i} for i in range(COUNT))
+            with self._consuming(stream, executor, kills, max_attempts=2) as results:
+                _eventually(lambda: len(results) >= COUNT - SIZE, 'all others have come')
+                _eventually(lambda: list(stream.dead_letters()), 'there is a dead letter')
+            assert [(dead.n, dead.attempts) for dead in stream.dead_letters()] == [(SIZE, 2)]
+            others = [i for i in range(COUNT) if i not in range(COUNT // 2, COUNT // 2 + SIZE)]
+            assert sorted(results) == others, 'an attempt of others was counted'
+
+    # --- what they are made of
+
+    @contextmanager
+    def _made(self) -> Iterator[Executor]:
+        executor = self.make()
+        try:
+            yield executor
+        finally:
+            self.close(executor)
+
+    @contextmanager
+    def _consuming(
+        self, stream: Stream, executor: Executor, fn: Callable[[MessageWindow], list[int]], **options: Any
+    ) -> Iterator[list[int]]:
+        """A consumer at work, and the numbers that its function has returned."""
+        results = _Numbers()
+        emitter = make_emitter(stream.name, fn, stream=stream, size=SIZE, sink=results, keep=True, executor=executor,
+                               **options)  # fmt: skip
+        emitter.start()
+        try:
+            yield results
+        finally:
+            emitter.stop()
+        assert emitter.error is None, emitter.error
+
+
+def _error_of(completion: Completion) -> Exception:
+    try:
+        value = completion.result()
+    except Exception as exc:
+        return exc
+    raise AssertionError(f'result() returned {value!r} instead of raising')
+
+
+class _Numbers(list[int]):
+    put = list.extend
+
+
+class _Returns:
+    """Returns a value, a short one of bytes many times."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self) -> Any:
+        return self.value * MANY if isinstance(self.value, bytes) else self.value
+
+
+class _Raises:
+    def __call__(self) -> None:
+        raise KeyError('raised')
+
+
+class _Exits:
+    def __call__(self) -> None:
+        os._exit(1)
+
+
+class _Notes:
+    """Writes down that it has begun, and takes a while."""
+
+    def __init__(self, target: Target, name: str, seconds: float) -> None:
+        self.target, self.name, self.seconds = target, name, seconds
+
+    def __call__(self) -> None:
+        self.target.db[self.name].insert_one({})
+        time.sleep(self.seconds)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
-from . import clock, store
+from . import clock, executors, store
 from .consumer import Consumer
 from .errors import ArgumentError
 from .messages import Message
@@ -47,8 +47,10 @@ class WindowEmitter:
         processfn: makes, from the list of messages (objects with ``data``), what `emitfn` is called with.
         forwardfn: called with each result, in this process.
         emit_empty: whether windows without messages are emitted.
-        executor: class or instance of anything with ``submit(fn)``, see `minibatch.abc.Executor`.
-        max_workers: how many worker processes, or how many calls of `executor` at once; all CPUs by default.
+        executor: 'processes' (the default), 'threads', 'inline', an address such as 'dask://host:8786', or class or
+            instance of anything with ``submit(fn)``, see `minibatch.abc.Executor`.
+        max_workers: how many worker processes, or how many calls of `executor` at once; all CPUs by default, or all
+            that the executor has.
         stream: the `Stream` to read, if it is open already.
         stream_url: the MongoDB URL.
         queue: a queue; a true item in it stops the loop.
@@ -120,8 +122,7 @@ class WindowEmitter:
         for name, fn in {'emitfn': emitfn, 'processfn': processfn, 'forwardfn': forwardfn}.items():
             if fn is not None and not callable(fn):
                 raise ArgumentError(f'{name} must be callable, not {fn!r}')
-        if executor is not None and not callable(getattr(executor, 'submit', None)):
-            raise ArgumentError(f'executor must have a method submit(fn); {executor!r} has not')
+        executor = executors.resolve(executor)
         if timeout is not None and executor is not None:
             raise ArgumentError('timeout ends worker processes of the default executor; with executor= there are none')
         if cnx_kwargs is not None and not isinstance(cnx_kwargs, dict):

@@ -6,6 +6,7 @@
     ├── ArgumentError            (ValueError, TypeError)
     │   └── PortabilityError
     ├── DataError                (ValueError)
+    ├── UnknownFunctionError
     ├── WindowFailedError
     ├── TooManyWindowsError
     ├── OvertakenError
@@ -49,6 +50,10 @@ class DataError(MinibatchError, ValueError):
 
     written: int = 0
     queued: int = 0
+
+
+class UnknownFunctionError(MinibatchError):
+    """This worker does not have the function of a task; it must be sent with it."""
 
 
 class WindowFailedError(MinibatchError):

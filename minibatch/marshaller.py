@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import platform
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 import cloudpickle
 
-from .errors import PortabilityError
+from .errors import PortabilityError, UnknownFunctionError
 
-_loaded: dict[str, Any] = {}
+MAX_LOADED = 32  # functions that a worker keeps; one that serves many consumers is sent others again
+
+_loaded: OrderedDict[str, Any] = OrderedDict()
+_lock = threading.Lock()
 _loading: ContextVar[bool] = ContextVar('minibatch_loading', default=False)
 
 
@@ -25,22 +32,19 @@ class Portable:
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
-        self._blob: bytes | None = None
         self.sent_ahead = False
 
     def __call__(self, *args: Any) -> Any:
         return self.fn(*args)
 
-    @property
+    @cached_property
     def blob(self) -> bytes:
         """The pickled function.
 
         Raises:
             PortabilityError: naming what it refers to that cannot be pickled.
         """
-        if self._blob is None:
-            self._blob = self.check()
-        return self._blob
+        return self.check()
 
     def check(self) -> bytes:
         """Pickle the function as it is now; what it refers to may still change before it is sent."""
@@ -49,22 +53,46 @@ class Portable:
         except Exception as exc:
             raise PortabilityError(_explain(self.fn, exc)) from exc
 
-    @property
+    @cached_property
     def digest(self) -> str:
+        """What stands for the function where it is known."""
         return hashlib.sha256(self.blob).hexdigest()
+
+    def sent(self, ahead: bool) -> Portable:
+        """The same, to be pickled with the function, or for a worker that got it ahead."""
+        other = Portable(self.fn)
+        other.blob, other.digest, other.sent_ahead = self.blob, self.digest, ahead
+        return other
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load, (self.digest, None if self.sent_ahead else self.blob)
 
 
 def install(digest: str, blob: bytes) -> None:
-    """Make the function known in this worker."""
-    if digest not in _loaded:
-        reset = _loading.set(True)
-        try:
-            _loaded[digest] = cloudpickle.loads(blob)
-        finally:
-            _loading.reset(reset)
+    """Make the function known in this worker.
+
+    Raises:
+        PortabilityError: if something that it needs is not here.
+    """
+    with _lock:
+        if digest not in _loaded:
+            _loaded[digest] = _loads(blob)
+        _loaded.move_to_end(digest)
+        if len(_loaded) > MAX_LOADED:
+            _loaded.popitem(last=False)
+
+
+def _loads(blob: bytes) -> Any:
+    reset = _loading.set(True)
+    try:
+        return cloudpickle.loads(blob)
+    except Exception as exc:
+        raise PortabilityError(
+            f'the function cannot be loaded by a worker on {platform.node()}: {type(exc).__name__}: {exc}. '
+            f'Install there what it needs, in the same version.'
+        ) from exc
+    finally:
+        _loading.reset(reset)
 
 
 def is_loading() -> bool:
@@ -75,7 +103,10 @@ def is_loading() -> bool:
 def _load(digest: str, blob: bytes | None) -> Portable:
     if blob is not None:
         install(digest, blob)
-    return Portable(_loaded[digest])
+    try:
+        return Portable(_loaded[digest])
+    except KeyError:
+        raise UnknownFunctionError from None
 
 
 def name_of(fn: Any) -> str:

@@ -400,6 +400,24 @@ class Stream(_Model):
         self.flush()
         return store.clear_stream(self.target.majority, self.name)
 
+    def delete(self) -> int:
+        """Delete the stream, with its messages, groups, dead letters, and the positions of its sources.
+
+        Its consumers and producers must be stopped. Of its groups a tombstone stays, so that no window id comes twice.
+
+        Returns:
+            How many messages were deleted.
+
+        Raises:
+            GroupBusyError: if a consumer leads a group; it is named.
+        """
+        self.close()
+        for group in self.groups():
+            group.delete()
+        deleted = store.clear_stream(self.target.majority, self.name)
+        store.delete_stream(self.target.majority, self.name)
+        return deleted
+
     def attach(self, source: Source, background: bool = True) -> None:
         """Let a source append to this stream, in a thread, or with ``background=False`` in this call.
 

@@ -110,8 +110,10 @@ class NamedProducer:
         A number below the last one says that the source begins again there, such as when its log was made anew.
 
         Raises:
+            OvertakenError: if another process has appended under this name; `token` says how far it is.
             CancelledError: if the source was cancelled while this waited.
         """
+        self._be_sure()
         if isinstance(token, int) and isinstance(self.token, int) and token < self.token:
             self._open_dead_letters().save(token)  # else what comes again would be taken for what is there
         self._patiently(lambda: store.save_place(self._target.majority, self._stream, self.id, self._offset, token))

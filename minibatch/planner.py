@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import clock, dead, ledger, store
 from .connection import using
 from .delivery import Delivery
-from .errors import LeaseLostError
+from .errors import LeaseLostError, PortabilityError
 from .lease import Adoption, Lease
 from .marshaller import Portable
 from .models import Buffer, Stream
@@ -63,7 +63,7 @@ class Planner:
         self._adoption = Adoption(self.target, self.name, new_id)
         self._news: deque[dict[str, Any]] = deque()
         self._begun: set[str] = set()  # producers whose next message is known to be stored
-        self._in_flight: dict[int, Task] = {}
+        self._in_flight: dict[int, tuple[Task, Any]] = {}  # and its completion
         self._dispatched: set[int] = set()
         self._look_at = self._adopt_at = self._replay_at = 0.0
         self._look_pause = LOOK_PAUSES[0]
@@ -81,6 +81,7 @@ class Planner:
             if self.emitter.picks:  # it asks the models for its messages
                 stack.enter_context(using(self.target, self.name))
             stack.callback(self.follower.close)
+            stack.callback(self._abandon)
             stack.callback(self._drain)
             stack.callback(listener(self.target).remove, self)
             self._recover()
@@ -114,6 +115,11 @@ class Planner:
             self.consumer.wait(TICK)
             for task, _ in self.consumer.finished_tasks():
                 self._in_flight.pop(id(task), None)
+
+    def _abandon(self) -> None:
+        """Cancel what is still in flight, where that is possible."""
+        for _, completion in self._in_flight.values():
+            getattr(completion, 'cancel', lambda: None)()
 
     # --- the loop
 
@@ -425,9 +431,10 @@ class Planner:
             ready = suspects[:1]
         elif suspects or self._alone is not None:
             return started  # a suspect runs with nothing beside it, so that only the guilty one dies again
-        while ready and len(self._in_flight) < self.consumer.at_once:
-            claims = self._next_task(ready)
-            ready = ready[len(claims) :]
+        free = self.consumer.at_once - len(self._in_flight)
+        while ready and free > 0:
+            claims = self._next_task(ready, free)
+            ready, free = ready[len(claims) :], free - 1
             if tried is not None:
                 tried.update(claim.number for claim in claims)
             self._start(claims)
@@ -442,8 +449,7 @@ class Planner:
             self.delivery.set_aside(claims)
         return bool(claims)
 
-    def _next_task(self, ready: list[Claim]) -> list[Claim]:
-        free = self.consumer.at_once - len(self._in_flight)
+    def _next_task(self, ready: list[Claim], free: int) -> list[Claim]:
         count = min(self._windows_per_task, -(-len(ready) // free))  # a share for each that waits for a task
         reach: dict[str, tuple[int, int]] = {}
         messages = _extend(reach, ready[0])
@@ -467,11 +473,12 @@ class Planner:
         task = Task(self.target, self.name, self.consumer._fn, works, self.emitter.forwards, self.consumer.limit)
         if self.emitter.overrides('emit'):
             task.fn = Portable(self.emitter.emit)
-            self.consumer.wake((task, _Done(task())))
+            completion: Any = _Done(task())
+            self.consumer.wake((task, completion))
         else:
             completion = self.consumer.executor.submit(task)
             completion.add_done_callback(lambda done: self.consumer.wake((task, done)))
-        self._in_flight[id(task)] = task
+        self._in_flight[id(task)] = task, completion
         self._dispatched.update(claim.number for claim in claims)
 
     # --- settle
@@ -492,6 +499,8 @@ class Planner:
         alone, self._alone = self._alone is not None, None
         try:
             outcomes: list[Outcome] = completion.result()
+        except PortabilityError:  # no fault of these windows: the others would fail as well
+            raise
         except Exception as exc:  # the worker died, or the executor failed
             return self._lost(task, exc, alone)
         seconds = sum(outcome.seconds for outcome in outcomes) / len(outcomes)

@@ -116,6 +116,12 @@ def clear_stream(db: DB, name: str) -> int:
     return deleted
 
 
+def delete_stream(db: DB, name: str) -> None:
+    """Delete what is left of a stream that was cleared, and whose groups were deleted."""
+    db.source.delete_many({**id_prefix(f'{name}/'), 'stream': name})
+    db.stream.delete_one({'name': name})
+
+
 def count_messages(db: DB, name: str) -> int:
     """How many messages of a stream are stored."""
     total: Doc = {'$group': {'_id': None, 'n': {'$sum': {'$ifNull': ['$n', 1]}}}}

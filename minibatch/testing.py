@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 
@@ -21,11 +20,11 @@ import bson
 from bson.raw_bson import RawBSONDocument
 
 from . import api, kinds, store
-from .abc import Completion
 from .assign import IDLE
 from .clock import MILLISECOND, aware, from_ms, now
 from .emitter import WindowEmitter
 from .errors import ArgumentError, DataError
+from .executors import InlineExecutor
 from .fields import BadMessage, time_of
 from .messages import Message, MessageWindow, window_of
 from .models import Stream, check_options
@@ -83,24 +82,6 @@ class ManualClock:
 
     def __repr__(self) -> str:
         return f'ManualClock({self._now.isoformat()!r})'
-
-
-class InlineExecutor:
-    """An executor that runs in this process, and has done so when `submit` returns.
-
-    Example:
-        >>> InlineExecutor().submit(lambda: 1 + 1).result()
-        2
-    """
-
-    def submit(self, fn: Callable[[], Any]) -> Completion:
-        """Run `fn` now."""
-        done: Future[Any] = Future()
-        try:
-            done.set_result(fn())
-        except Exception as exc:
-            done.set_exception(exc)
-        return done
 
 
 class ListSource:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import os
+import pickle
 import re
 import signal
 import sys
@@ -152,6 +154,17 @@ class Task:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, remote=True)
+
+    @property
+    def digest(self) -> str:
+        """See `minibatch.abc.RemoteTask`."""
+        return '' if self.fn is None else self.fn.digest
+
+    def packed(self, with_function: bool) -> bytes:
+        """See `minibatch.abc.RemoteTask`."""
+        sent = copy.copy(self)
+        sent.fn = None if self.fn is None else self.fn.sent(ahead=not with_function)
+        return pickle.dumps(sent)
 
     def __call__(self) -> list[Outcome]:
         if self.remote:

@@ -23,6 +23,7 @@ def run(url, tmp_path):
         environment = {**os.environ, 'MINIBATCH_MONGO_URL': url}
         program = [sys.executable, str(EXAMPLES / name), *args]
         done = subprocess.run(program, capture_output=True, text=True, timeout=180, env=environment, cwd=tmp_path)
+        done = subprocess.run(program, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, '')
         return done.stdout
 
@@ -88,6 +89,15 @@ def test_the_sensors_lose_nothing_while_the_consumer_is_away(run, db):
     out = run('sensors.py', '1200')
     assert out.splitlines()[-1] == '1,200 measurements, 109.4 mm; by pandas 1,200 and 109.4 mm'
     assert sum(doc['hours'] for doc in db.example_sensors_days.find()) == 1200
+
+
+def test_the_digits_are_read_the_same_in_one_process_in_two_and_on_dask_and_the_speed_is_drawn(run, tmp_path):
+    subprocess.run([sys.executable, '-c', 'import matplotlib.font_manager'], check=True, timeout=120)
+    out = run('digits.py', '60')
+    assert out.splitlines()[-1] == '57 of 60 digits are read right, each time the same'
+    assert re.findall(r'60 images, +\d+ a second, in (\d) processes', out) [:1] == ['1']
+    assert re.search(r'^Dask, 2 processes +█+ [\d.]+$', out, re.MULTILINE)
+    assert (tmp_path / 'digits.png').read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.mark.parametrize('command', [['weather.py'], ['flights.py', '1000']])

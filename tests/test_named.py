@@ -92,6 +92,17 @@ def test_a_token_outlives_the_clearing_of_a_stream(stream, db):
     assert stream.producer(NAME)._offset == 10
 
 
+def test_a_stream_that_is_deleted_leaves_tombstones_of_its_groups_alone(stream, db, url):
+    stream.producer(NAME).append_many(messages(0, 10))
+    process_all(url, db)
+    stream.producer(NAME).append_many(messages(10, 12))
+    assert stream.delete() == 2
+    left = {name: list(db[name].find()) for name in db.list_collection_names()}
+    assert {name for name, docs in left.items() if docs} == {'group'}
+    assert [group['deleted'] for group in left['group']]
+    assert mb.stream('test', url=url).producer(NAME).token is None
+
+
 def test_a_token_saved_without_a_message_is_the_one_to_go_on_from(stream, db):
     producer = stream.producer(NAME)
     producer.append_many(messages(0, 10))

@@ -25,7 +25,7 @@ LEVELS = {
     2: {'backlog', 'lease', 'messages', 'models', 'groups', 'producer', 'named',
         'attached', 'tail'},
     3: {'assign', 'edges', 'emitter', 'kinds', 'progress', 'retention', 'stall', 'wakeup', 'window', 'consumer',
-        'planner', 'delivery', 'beside', 'worker', 'overview'},
+        'planner', 'delivery', 'beside', 'worker', 'executors', 'overview'},
     4: {'api', 'cli', 'demo', 'testing', 'contracts', 'contrib', '', '__main__'},
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}

@@ -1,0 +1,358 @@
+"""Dask as executor: functions run on the workers of a Dask cluster, on as many machines as it has.
+
+::
+
+    mb.streaming('measurements', fn, size=1000, executor='dask://scheduler:8786')
+
+The workers, and the scheduler, need minibatch and what the function imports, and the workers reach MongoDB at the URL
+of the consumer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from queue import Empty, SimpleQueue
+from typing import Any, cast
+
+import cloudpickle
+
+from minibatch.abc import Completion, RemoteTask
+from minibatch.errors import ArgumentError, UnknownFunctionError
+
+try:
+    from dask.distributed import Client, Scheduler
+    from distributed.scheduler import KilledWorker
+except ImportError as exc:
+    raise ImportError('the executor for Dask needs the package distributed: pip install minibatch[dask]') from exc
+
+logger = logging.getLogger(__name__)
+
+AHEAD = 2  # tasks for each thread of a worker, so that it has the next one when it is done
+LOOK_PAUSE = 1.0
+CONNECT_TIMEOUT = 10.0
+CLOSE_TIMEOUT = 5.0
+ALL = {'n_workers': -1} if 'n_workers' in signature(Scheduler.identity).parameters else {}
+
+
+class WorkerLostError(ConnectionError):
+    """The Dask worker that ran this has died."""
+
+
+class DaskExecutor:
+    """Runs tasks on the workers of a Dask cluster.
+
+    A task says where MongoDB is and which messages its windows have, and the worker reads them there: no message goes
+    through the scheduler. The function is sent with the first tasks of each worker, and results come from the worker
+    directly. Each task is bound to one worker, two for each of its threads, as the cluster grows and shrinks.
+
+    So Dask runs no task a second time, whatever ``allowed-failures`` says: what a worker had when it died has failed,
+    and minibatch decides what that means. Its windows are run again one by one, and only one whose worker dies again
+    counts as failed, see ``max_attempts``. What a worker had that was retired goes to another one.
+
+    Without the scheduler tasks wait: when it is back, or a new one is at its address, they are sent again. A function
+    may then be called twice for a window, as after any crash; its result is used once. When the consumer dies, the
+    scheduler drops what has not begun, and nobody uses the result of what has.
+
+    What is sent includes the URL of MongoDB, with its password. It is in no key, log line or page of Dask, but crosses
+    the network, and whoever reaches the scheduler can run anything: use TLS where others listen.
+
+    Args:
+        scheduler: its address, such as ``dask://host:8786``, ``tcp://host:8786`` or ``tls://host:8786``; or a
+            `dask.distributed.Client`, of which it takes the address and the security.
+        resources: what a task needs of a worker, such as ``{'GPU': 1}``; other workers get none.
+        direct: whether results come from the workers directly; False if this process cannot reach them.
+        security: a `dask.distributed.Security`, for ``tls://``.
+
+    Raises:
+        ArgumentError: naming the argument.
+
+    Example:
+        >>> executor = DaskExecutor('tcp://scheduler:8786', resources={'GPU': 1})    # doctest: +SKIP
+        >>> mb.streaming('images', classify, size=100, executor=executor)            # doctest: +SKIP
+    """
+
+    def __init__(
+        self, scheduler: Any, resources: dict[str, float] | None = None, direct: bool = True, security: Any = None
+    ) -> None:
+        if isinstance(scheduler, Client):
+            client: Any = scheduler
+            scheduler, security = client.scheduler.address, security or client.security
+        if not isinstance(scheduler, str) or not scheduler.partition('://')[2]:
+            raise ArgumentError(f'scheduler must be an address like dask://host:8786, or a Client, not {scheduler!r}')
+        if not all(isinstance(n, (int, float)) and n > 0 for n in (resources or {}).values()):
+            raise ArgumentError(f"resources must be a dict of numbers, such as {{'GPU': 1}}, not {resources!r}")
+        self.address = scheduler.replace('dask://', 'tcp://', 1)
+        self.resources, self.direct, self._security = dict(resources or {}), direct, security
+        self._lock = threading.RLock()
+        self._events: SimpleQueue[Callable[[], Any]] = SimpleQueue()
+        self._client: Any = None
+        self._hosts: dict[str, _Host] = {}
+        self._waiting: list[_Run] = []
+        self._thread: threading.Thread | None = None
+        self._scheduler = ''  # the id of the one that is connected
+        self._away = self._warned = self._closed = False
+
+    def __repr__(self) -> str:
+        return f'DaskExecutor({self.address!r})'
+
+    @property
+    def workers(self) -> int:
+        """How many threads of workers there are for tasks.
+
+        Raises:
+            ConnectionError: if there has been no scheduler at the address yet.
+        """
+        self._open()
+        with self._lock:
+            return 0 if self._away else sum(host.threads for host in self._hosts.values())
+
+    def submit(self, fn: Callable[[], Any]) -> Completion:
+        """Run `fn` on a worker, the one that has the least to do.
+
+        Raises:
+            ConnectionError: if there has been no scheduler at the address yet.
+        """
+        self._open()
+        run = _Run(fn, self)
+        with self._lock:
+            self._place(run)
+        return run
+
+    def shutdown(self) -> None:
+        """Drop what has not begun, and close the connection. What has begun comes to its end, for nothing."""
+        with self._lock:
+            self._closed = True
+            runs = [*self._waiting, *(run for host in self._hosts.values() for run in host.runs)]
+        for run in runs:
+            run.cancel()
+        if self._thread is not None:
+            self._events.put(lambda: None)
+            self._thread.join(CLOSE_TIMEOUT)
+        if self._client is not None:
+            self._client.close(timeout=CLOSE_TIMEOUT)
+
+    # --- connecting
+
+    def _open(self) -> None:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f'{self!r} is shut down')
+            if self._thread is None:
+                self._connect()
+                self._look()
+                self._thread = threading.Thread(target=self._tend, name='minibatch-dask', daemon=True)
+                self._thread.start()
+
+    def _connect(self) -> None:
+        try:
+            self._client = cast(Any, Client)(
+                self.address, name='minibatch', set_as_default=False, timeout=CONNECT_TIMEOUT, security=self._security
+            )
+        except OSError as exc:
+            raise ConnectionError(f'no Dask scheduler answers at {self.address}: {exc}') from exc
+
+    def _tend(self) -> None:
+        """Do what events ask for, and look at the cluster now and then."""
+        look_at = 0.0
+        while not self._closed:
+            if time.monotonic() >= look_at:
+                self._tend_connection()
+                look_at = time.monotonic() + LOOK_PAUSE
+            with suppress(Empty):
+                self._events.get(timeout=max(look_at - time.monotonic(), 0))()
+
+    def _tend_connection(self) -> None:
+        try:
+            if self._client.status == 'closed':  # it has given up
+                self._connect()
+            self._look()
+        except (OSError, asyncio.TimeoutError) as exc:
+            if not self._warned:
+                logger.warning('waiting for the Dask scheduler at %s: %s', self.address, exc)
+            self._away = self._warned = True
+
+    def _look(self) -> None:
+        """See which workers there are, and listen to what becomes of each."""
+        client = self._client
+        if client.status != 'running':
+            raise ConnectionError('the connection is lost')
+        found = client.sync(client.scheduler.identity, **ALL, callback_timeout=CONNECT_TIMEOUT)
+        with self._lock:
+            another = found['id'] != self._scheduler
+            if another or self._away:
+                logger.info('connected to the Dask scheduler at %s', self.address)
+            for address, worker in found['workers'].items():
+                if address not in self._hosts or another or self._away:
+                    client.subscribe_topic(address, partial(self._hear, address))
+                host = self._hosts.setdefault(address, _Host(address))
+                host.threads, host.missing = self._threads_of(worker), False
+            self._scheduler, self._away, self._warned = found['id'], False, False
+            for host in [host for address, host in self._hosts.items() if address not in found['workers']]:
+                if host.missing or another:
+                    self._removed(host.address, expected=another)
+                host.threads, host.missing = 0, True  # the event which says why is on its way
+            self._refill()
+
+    def _threads_of(self, worker: dict[str, Any]) -> int:
+        """How many tasks of ours a worker can run at once."""
+        if worker['status'] != 'running':
+            return 0
+        shares = [worker['resources'].get(name, 0) // need for name, need in self.resources.items()]
+        return int(min([worker['nthreads'], *shares]))
+
+    def _hear(self, address: str, event: tuple[float, Any]) -> None:
+        """An event of a worker; called in the thread of the client."""
+        what = event[1]
+        if isinstance(what, dict) and what.get('action') == 'remove-worker':
+            expected = bool(what.get('expected', what.get('safe')))
+            self._events.put(partial(self._removed, address, expected))
+
+    # --- tasks
+
+    def _place(self, run: _Run) -> None:
+        """Send a task to the worker that has the least to do; if none has room it waits."""
+        free = [host for host in self._hosts.values() if len(host.runs) < AHEAD * host.threads]
+        if not free or self._away or self._client.status != 'running':
+            self._waiting.append(run)
+            return
+        host = min(free, key=lambda host: len(host.runs) / host.threads)
+        if isinstance(run.fn, RemoteTask):
+            data = run.fn.packed(with_function=run.fn.digest not in host.known)
+        else:
+            data = cloudpickle.dumps(run.fn)
+        run.sent = self._client.submit(
+            _Parcel(data), key=f'minibatch-{uuid.uuid4().hex}', pure=False, retries=0, workers=[host.address],
+            allow_other_workers=False, resources=self.resources or None,
+        )  # fmt: skip
+        run.host = host
+        host.runs.add(run)
+        self._client.loop.add_callback(self._collect, run, run.sent)
+
+    def _refill(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for run in waiting:
+            self._place(run)
+
+    async def _collect(self, run: _Run, sent: Any) -> None:
+        """Wait for a result; in the thread of the client."""
+        try:
+            known, value = await sent.client.gather(sent, direct=self.direct, asynchronous=True)
+        except Exception as exc:
+            self._events.put(partial(self._failed, run, sent, exc))
+        else:
+            self._events.put(partial(self._returned, run, sent, known, value))
+
+    def _returned(self, run: _Run, sent: Any, known: bool, value: Any) -> None:
+        with self._lock:
+            if run.sent is not sent:
+                return
+            host = self._take_back(run)
+            digest = run.fn.digest if isinstance(run.fn, RemoteTask) else ''
+            if known:
+                host.known.add(digest)
+            else:
+                host.known.discard(digest)
+                self._waiting.insert(0, run)
+            self._refill()
+        if known:
+            _settle(run.set_result, value)
+
+    def _failed(self, run: _Run, sent: Any, exc: Exception) -> None:
+        with self._lock:
+            if run.sent is not sent:
+                return
+            host = self._take_back(run)
+            if isinstance(exc, CancelledError):  # the connection was lost
+                self._away = True
+                self._waiting.append(run)
+                return
+            self._refill()
+        _settle(run.set_exception, WorkerLostError(f'{host.address} died') if isinstance(exc, KilledWorker) else exc)
+
+    def _removed(self, address: str, expected: bool) -> None:
+        """A worker is gone: what it had has failed, unless that was by intent, or with its scheduler."""
+        with self._lock:
+            host = self._hosts.pop(address, _Host(address))
+            runs = list(host.runs)
+            for run in runs:
+                self._take_back(run)
+            self._waiting += runs if expected else []
+            self._refill()
+        for run in [] if expected else runs:
+            _settle(run.set_exception, WorkerLostError(f'the Dask worker {address} died'))
+
+    def _take_back(self, run: _Run) -> _Host:
+        """Let Dask forget a task, and drop it if it has not begun."""
+        host, sent = cast(_Host, run.host), run.sent
+        host.runs.discard(run)
+        run.host = run.sent = None
+        sent.release()
+        return host
+
+    def _withdraw(self, run: _Run) -> None:
+        with self._lock:
+            if run.sent is not None:
+                self._take_back(run)
+            elif run in self._waiting:
+                self._waiting.remove(run)
+
+
+@dataclass(eq=False)
+class _Host:
+    """A worker of Dask: its threads for our tasks, those it has, and the functions it knows."""
+
+    address: str
+    threads: int = 0
+    missing: bool = False
+    runs: set[_Run] = field(default_factory=set)
+    known: set[str] = field(default_factory=set)
+
+
+class _Run(Future[Any]):
+    """A task, which may be sent several times, and its completion."""
+
+    def __init__(self, fn: Callable[[], Any], executor: DaskExecutor) -> None:
+        super().__init__()
+        self.fn, self._executor = fn, executor
+        self.host: _Host | None = None
+        self.sent: Any = None
+
+    def cancel(self) -> bool:
+        self._executor._withdraw(self)
+        return super().cancel()
+
+
+class _Parcel:
+    """A task on its way. Dask logs and shows what it runs, and this says nothing of what is in it.
+
+    Called on the worker it returns whether the worker knows the function, and what the task returned.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __call__(self) -> tuple[bool, Any]:
+        try:
+            task = pickle.loads(self.data)  # noqa: S301  (from the consumer)
+        except UnknownFunctionError:
+            return False, None
+        return True, task()
+
+    def __repr__(self) -> str:
+        return 'minibatch'
+
+
+def _settle(settle: Callable[[Any], None], outcome: Any) -> None:
+    with suppress(InvalidStateError):  # it was cancelled
+        settle(outcome)

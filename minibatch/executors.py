@@ -1,0 +1,87 @@
+"""Where functions run: what ``executor=`` may say, and how it is opened and closed.
+
+An address, such as ``dask://host:8786``, is for the executor that has registered its scheme, as an entry point of the
+group ``minibatch.executors``: a class that is called with the address.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from typing import Any
+
+from .abc import Completion, Executor
+from .connection import masked
+from .errors import ArgumentError
+
+ENTRY_POINTS = 'minibatch.executors'
+
+
+class InlineExecutor:
+    """An executor that runs in this process, and has done so when `submit` returns.
+
+    Example:
+        >>> InlineExecutor().submit(lambda: 1 + 1).result()
+        2
+    """
+
+    def submit(self, fn: Callable[[], Any]) -> Completion:
+        """Run `fn` now."""
+        done: Future[Any] = Future()
+        try:
+            done.set_result(fn())
+        except Exception as exc:
+            done.set_exception(exc)
+        return done
+
+
+NAMED: dict[str, type | None] = {'inline': InlineExecutor, 'threads': ThreadPoolExecutor, 'processes': None}
+
+
+def resolve(given: Any) -> Any:
+    """What ``executor=`` means: None for worker processes, else a class or an instance, or the address as it is.
+
+    Raises:
+        ArgumentError: if it is none of them, naming those there are.
+        ImportError: if what an address needs is not installed, saying what to install.
+    """
+    if isinstance(given, str):
+        if given in NAMED:
+            return NAMED[given]
+        _class_of(given)
+    elif given is not None and not callable(getattr(given, 'submit', None)):
+        raise ArgumentError(f'executor must have a method submit(fn); {given!r} has not')
+    return given
+
+
+@contextmanager
+def opened(given: Any, workers: int) -> Iterator[Executor]:
+    """The executor of a class, an address or an instance; closed at the end if it was made here."""
+    if not isinstance(given, (type, str)):
+        yield given
+        return
+    if isinstance(given, str):
+        executor = _class_of(given)(given)
+    else:
+        takes_workers = 'max_workers' in inspect.signature(given).parameters
+        executor = given(max_workers=workers) if takes_workers else given()
+    try:
+        yield executor
+    finally:
+        getattr(executor, 'shutdown', lambda: None)()
+
+
+def _class_of(address: str) -> Callable[[str], Any]:
+    scheme, found, _ = address.partition('://')
+    registered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    if found and scheme in registered:
+        made: Callable[[str], Any] = registered[scheme].load()
+        return made
+    names = [repr(name) for name in NAMED] + [f"'{name}://...'" for name in sorted(registered)]
+    raise ArgumentError(
+        f'executor must be one of {", ".join(names)}, or a class or an instance with submit(fn), not '
+        f'{masked(address)!r}; pip install minibatch[dask] brings what dask://host:8786 needs'
+    )

@@ -1,0 +1,153 @@
+"""Dask schedulers and workers as programs of their own, to be killed.
+
+::
+
+    with Cluster(tmp_path) as cluster:                  # a scheduler
+        cluster.start_workers(2)
+        cluster.workers[0].kill()
+        cluster.scheduler.kill()
+        cluster.start_scheduler()                       # at the same address
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from dask.distributed import Client, LocalCluster
+from processes import family, is_alive
+from servers import eventually, free_port
+
+import minibatch as mb
+
+QUIET = '--no-dashboard'
+
+
+@contextmanager
+def local_cluster() -> Iterator[str]:
+    """The address of a LocalCluster of two processes, which are started again when they die."""
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, host='127.0.0.1', dashboard_address='127.0.0.1:0'
+    ) as cluster:
+        yield cluster.scheduler_address
+
+
+class Cluster:
+    """A scheduler on a free loopback port and its workers, with one thread each, without nannies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.scheduler: subprocess.Popen[bytes] | None = None
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self.client: Client | None = None
+
+    @property
+    def address(self) -> str:
+        return f'dask://127.0.0.1:{self.port}'
+
+    @property
+    def log(self) -> str:
+        """What all of them have logged."""
+        return (self.folder / 'dask.log').read_text(errors='replace')
+
+    def start_scheduler(self) -> None:
+        self.scheduler = self._start('scheduler', '--host', '127.0.0.1', '--port', str(self.port), QUIET)
+
+    def start_workers(self, count: int, *options: str, scheduler: str = '') -> None:
+        """Start so many more, and wait until they are there."""
+        to = scheduler or f'tcp://127.0.0.1:{self.port}'
+        where = to, '--host', '127.0.0.1', '--local-directory', str(self.folder)
+        for _ in range(count):
+            self.workers.append(self._start('worker', *where, '--nthreads', '1', '--no-nanny', QUIET, *options))
+        alive = sum(worker.poll() is None for worker in self.workers)
+        with self.asked() as client:
+            client.wait_for_workers(alive, timeout=60)
+
+    @contextmanager
+    def asked(self) -> Iterator[Client]:
+        """A client, to look at the cluster."""
+        with Client(f'tcp://127.0.0.1:{self.port}', timeout=60, set_as_default=False) as client:
+            yield client
+
+    def _start(self, what: str, *options: str) -> subprocess.Popen[bytes]:
+        with open(self.folder / 'dask.log', 'ab') as log:
+            return subprocess.Popen(
+                [sys.executable, '-m', f'distributed.cli.dask_{what}', *options], stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL, env={**os.environ, 'PYTHONPATH': str(Path(mb.__file__).parent.parent)},
+            )  # fmt: skip
+
+    def __enter__(self) -> Cluster:
+        self.start_scheduler()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for process in [*self.workers, self.scheduler]:
+            if process is not None:
+                started = family(process)
+                process.kill()
+                process.wait(10)
+                for child in started:
+                    if is_alive(child):
+                        child.kill()
+
+
+def tasks_of(client: Client) -> list[str]:
+    """The keys of all tasks that the scheduler has."""
+    return client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))
+
+
+def nothing_left(client: Client) -> None:
+    """The scheduler has no task, and no worker runs one."""
+    eventually(lambda: not tasks_of(client) and not any(client.processing().values()), 60, 'tasks are left')
+
+
+class Meter:
+    """A TCP proxy in front of a scheduler, which counts the bytes both ways, and can cut all connections."""
+
+    def __init__(self, port: int) -> None:
+        self._target, self.bytes = port, 0
+        self._listener = socket.create_server(('127.0.0.1', 0))
+        self._sockets: list[socket.socket] = []
+        self.address = f'tcp://127.0.0.1:{self._listener.getsockname()[1]}'
+
+    def cut(self) -> None:
+        """Close all connections."""
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        self._sockets.clear()
+
+    def __enter__(self) -> Meter:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(('127.0.0.1', self._target))
+                self._sockets += [client, server]
+                for ends in ((client, server), (server, client)):
+                    threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with source, suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.bytes += len(data)
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
