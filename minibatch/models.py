@@ -426,6 +426,8 @@ class Stream(_Model):
         Raises:
             ArgumentError: if it is not a source, or another one is attached.
         """
+        if isinstance(source, type):
+            raise ArgumentError(f'source must be an instance, not the class {source.__name__}')
         if not isinstance(source, Source):
             raise ArgumentError(f'source must have the methods stream and cancel; {type(source).__name__} has not')
         if self._attached is not None and self._attached.running:

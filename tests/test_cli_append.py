@@ -57,6 +57,11 @@ def test_one_object_may_be_on_many_lines(run, url):
     assert stored(url) == [{'a': {'b': 1}}]
 
 
+def test_a_line_to_go_on_from_that_is_not_there_is_an_error(run):
+    code, _, err = run('append s --from 5', b'{"a": 1}\n')
+    assert (code, err) == (1, 'error: there is no line 5, so nothing was appended\n')
+
+
 @pytest.mark.parametrize('given', [b'', b'\n \n', b'[]'])
 def test_nothing_is_appended_from_nothing(run, db, given):
     code, out, _ = run('append s', given)

@@ -184,7 +184,9 @@ def _dead(stream: str | None, group: str | None, url: str | None) -> DeadLetters
 
 def _chosen(ids: Sequence[str], every: str | None, group: str | None, url: str | None) -> DeadLetters:
     """The dead letters that a command is about."""
-    if bool(ids) == bool(every):
+    if ids and every:
+        raise click.UsageError('give the ids of dead letters or --all STREAM, not both')
+    if not (ids or every):
         raise click.UsageError('give the ids of dead letters, or --all STREAM')
     if group is not None and not every:
         raise click.UsageError('--group needs --all STREAM')

@@ -63,6 +63,8 @@ def append(
     with _progress(file, source, work) as show:
         work.run(start, show)
     seconds = time.monotonic() - began
+    if start > 1 and not work.appended and not work.problem:
+        raise MinibatchError(f'there is no {source.what} {start}, so nothing was appended')
     if work.problem:
         path = getattr(file, 'name', '-')
         where = 'standard input' if path in ('-', '<stdin>') else path

@@ -65,11 +65,11 @@ def _stream_row(stream: StreamStatus) -> tuple[str, ...]:
 @click.argument('stream', required=False, shell_complete=stream_names)
 @click.option('--watch', is_flag=True, help='Go on until Ctrl-C: live in a terminal, else lines, or objects, as '
               'they come.')  # fmt: skip
-@click.option('--every', type=click.FloatRange(0.1, 3600), default=1, show_default=True,
-              help='Seconds between two looks, with --watch.')  # fmt: skip
+@click.option('--every', type=click.FloatRange(0.1, 3600), help='Seconds between two looks, with --watch.  '
+              '[default: 1]')  # fmt: skip
 @url_option
 @as_json
-def lag(stream: str | None, watch: bool, every: float, url: str | None, as_json: bool) -> None:
+def lag(stream: str | None, watch: bool, every: float | None, url: str | None, as_json: bool) -> None:
     """How far the consumer groups of STREAM, or of all streams, are behind.
 
     \b
@@ -89,6 +89,8 @@ def lag(stream: str | None, watch: bool, every: float, url: str | None, as_json:
       minibatch lag temperature --watch
       minibatch lag --watch --every 10 --json >> lag.ndjson
     """
+    if every is not None and not watch:
+        raise click.UsageError('--every goes with --watch')
     if stream is not None:
         find_stream(stream, url)
     if not watch:
@@ -101,7 +103,7 @@ def lag(stream: str | None, watch: bool, every: float, url: str | None, as_json:
             click.echo('no consumer groups')
         return
     try:
-        _watch(_looks(url, stream, every), as_json)
+        _watch(_looks(url, stream, every or 1.0), as_json)
     except KeyboardInterrupt:
         return
 

@@ -104,6 +104,10 @@ class CeleryEventSource:
     def __init__(self, celeryapp: Celery, events: str | Iterable[str] | None = None, keep: float = KEEP) -> None:
         if not isinstance(celeryapp, Celery):
             raise ArgumentError(f'celeryapp must be a celery.Celery, not {type(celeryapp).__name__}')
+        try:
+            celeryapp.connection_for_read().get_transport_cls()
+        except (KeyError, ImportError) as exc:
+            raise ArgumentError(f'celeryapp has a broker that cannot be used here: {exc.args[0]}') from None
         if not isinstance(keep, (int, float)) or isinstance(keep, bool) or not 0 <= keep <= 1e6:
             raise ArgumentError(f'keep must be a number of seconds between 0 and 1,000,000, not {keep!r}')
         self.celeryapp = celeryapp

@@ -249,6 +249,7 @@ def test_names_are_remembered_when_the_source_is_started_again(redis, attach, st
         ({'keep': True}, 'keep'),
         ({'keep': '1h'}, 'keep'),
         ({'celeryapp': 'redis://localhost'}, 'celeryapp'),
+        ({'celeryapp': celery.Celery('tasks', broker='foo://x')}, 'No such transport: foo'),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(options, name):
