@@ -273,7 +273,8 @@ class DaskExecutor:
             if run.sent is not sent:
                 return
             host = self._take_back(run)
-            if isinstance(exc, CancelledError):  # the connection was lost
+            raised = sent.status == 'error'  # by the task; or else the connection was lost before its result was here
+            if isinstance(exc, (CancelledError, OSError, asyncio.TimeoutError)) and not raised:
                 self._away = True
                 self._waiting.append(run)
                 return

@@ -117,14 +117,19 @@ class Meter:
         self._target, self.bytes = port, 0
         self._listener = socket.create_server(('127.0.0.1', 0))
         self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
         self.address = f'tcp://127.0.0.1:{self._listener.getsockname()[1]}'
 
     def cut(self) -> None:
         """Close all connections."""
-        for each in self._sockets:
+        sockets, self._sockets = self._sockets, []
+        for each in sockets:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-        self._sockets.clear()
+        for thread in self._threads:
+            thread.join(10)
+        for each in sockets:
+            each.close()
 
     def __enter__(self) -> Meter:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -139,13 +144,19 @@ class Meter:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(('127.0.0.1', self._target))
+                try:
+                    server = socket.create_connection(('127.0.0.1', self._target))
+                except OSError:  # it has not started yet
+                    client.close()
+                    continue
                 self._sockets += [client, server]
                 for ends in ((client, server), (server, client)):
-                    threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+                    thread = threading.Thread(target=self._pass_on, args=ends, daemon=True)
+                    thread.start()
+                    self._threads.append(thread)
 
     def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
-        with source, suppress(OSError):
+        with suppress(OSError):
             while data := source.recv(1 << 16):
                 self.bytes += len(data)
                 target.sendall(data)
