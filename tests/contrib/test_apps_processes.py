@@ -255,6 +255,17 @@ def test_a_port_that_is_taken_is_said(make):
         make().start(port=taken.getsockname()[1])
 
 
+@pytest.mark.parametrize('port', [-1, 65536, 99999, 'abc', '5000', True, 5000.0, None])
+def test_a_port_that_is_none_is_refused_by_name(make, port):
+    app = make()
+    for serve in (app.run, app.start):
+        with pytest.raises(ArgumentError, match='port must be a whole number from 0 to 65535'):
+            serve(port=port)
+    assert app.address is None
+    with pytest.raises(ArgumentError, match='host must be'):
+        app.start(host=5)
+
+
 def test_listening_beyond_loopback_warns_unless_readers_need_the_token(make, caplog):
     make().start(host='0.0.0.0', port=0)
     assert 'can read all streams' in caplog.text

@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = ('127.0.0.1', '::1', 'localhost')
 MAX_BODY = 16_000_000
+MAX_PORT = 65535
 
 
 class StreamingApp:
@@ -211,6 +212,7 @@ class StreamingApp:
             port: 0 for any that is free.
 
         Raises:
+            ArgumentError: naming the argument.
             MinibatchError: if the address is taken.
         """
         web = self._listen(host, port)
@@ -259,6 +261,10 @@ class StreamingApp:
     def _listen(self, host: str, port: int) -> Server:
         if self._web is not None:
             raise ArgumentError(f'the app is served already, at {self._web.url}; stop() it first')
+        if not isinstance(host, str):
+            raise ArgumentError(f'host must be a name or an address, not {host!r}')
+        if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= MAX_PORT:
+            raise ArgumentError(f'port must be a whole number from 0 to {MAX_PORT}, not {port!r}')
         if host not in LOOPBACK and not host.startswith('127.') and not self.guard.private:
             logger.warning('whoever can reach %s port %s can read all streams; %s and private=True', host, port, HOW_TO)
         self._web = Server(self.server, host, port, self.listeners, self.max_body)
