@@ -214,6 +214,18 @@ def test_the_policy_lets_no_other_script_run(page, serve):
     assert 'Content Security Policy' in page.complaints()[0]
 
 
+def test_the_header_leads_to_dead_letters(page, serve, letters):
+    page.open(serve()).shows('3 dead letters')
+    link = page.find('#dead')
+    assert (link.text, 'all well' in page.text) == ('3 dead letters', False)
+    link.click()
+    page.shows('ValueError: cannot read')
+    assert page.run('document.activeElement.textContent') == '3 dead letters'
+    for letter in letters.dead_letters():
+        letter.discard()
+    page.shows('all well').hides('dead letter')
+
+
 def test_a_dead_letter_is_replayed_and_discarded_with_the_token(page, serve, letters):
     page.open(serve()).click('3 dead letters').click('Replay').shows('The token the app was started with')
     secret = page.find('#secret')
