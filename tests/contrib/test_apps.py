@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 
 import pytest
 from bson import ObjectId
-from flask import Flask
+from flask import Flask, abort
 from servers import Mongod, eventually
 from webs import AUTH, TOKEN, get
 
@@ -317,6 +317,28 @@ def test_a_question_that_is_not_right_is_answered_with_what_is_wrong(client, url
     mb.stream('test', url=url)
     answer = client.get(path)
     assert (answer.status_code, bool(answer.json['error'])) == (status, True)
+
+
+def test_a_path_that_is_none_is_answered_in_json(client):
+    answer = client.get('/nothing/here')
+    assert (answer.status_code, answer.json['error'][:36]) == (404, "there is nothing at '/nothing/here';")
+    assert answer.headers['X-Content-Type-Options'] == 'nosniff'
+    answer = client.get('/streams/test')
+    assert (answer.status_code, answer.json['error']) == (405, "'/streams/test' takes OPTIONS, POST, not GET")
+    assert answer.headers['Allow'] == 'OPTIONS, POST'
+    assert client.get('/nothing', headers={'Host': 'evil.example.com'}).status_code == 421
+
+
+def test_what_a_page_of_the_user_refuses_and_a_server_of_theirs_are_left_to_flask(make):
+    app, theirs = make(), Flask('theirs')
+    make(server=theirs)
+
+    @app.route('/mine')
+    def mine():
+        abort(404, 'not mine')
+
+    for answer in (app.server.test_client().get('/mine'), theirs.test_client().get('/nothing')):
+        assert (answer.status_code, answer.mimetype) == (404, 'text/html')
 
 
 # --- dead letters

@@ -41,7 +41,7 @@ from minibatch.errors import ArgumentError
 from .security import HOW_TO, Guard, Refused
 from .serving import Server
 from .supervisor import ConsumerProcess, is_consumer_process
-from .views import make_blueprint, refusal
+from .views import make_blueprint, not_routed, refusal
 from .watching import Look, Watcher
 
 __all__ = ['StreamingApp']
@@ -123,6 +123,8 @@ class StreamingApp:
         server = Flask(__name__, static_folder=None)
         server.before_request(self.guard.check_host)
         server.register_error_handler(Refused, refusal)
+        for status in (404, 405):
+            server.register_error_handler(status, not_routed)
         return server
 
     # --- what it is

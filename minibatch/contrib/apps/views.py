@@ -238,6 +238,18 @@ def refusal(exc: Refused) -> Response:
     return _answer({'error': exc.reason}, exc.status, exc.headers)
 
 
+def not_routed(exc: HTTPException) -> Response | HTTPException:
+    """The answer to a request for which there is no endpoint; what a page of the user refuses is left to Flask."""
+    if exc is not request.routing_exception:
+        return exc
+    path, allowed = request.path[:400], ', '.join(sorted(getattr(exc, 'valid_methods', None) or ()))
+    if allowed:
+        said = _answer({'error': f'{path!r} takes {allowed}, not {request.method}'}, 405, {'Allow': allowed})
+    else:
+        said = _answer({'error': f'there is nothing at {path!r}; the dashboard is at /'}, 404)
+    return security.harden(said)
+
+
 def _on_error(exc: Exception) -> Response:
     """Every error as JSON, with what to do."""
     if isinstance(exc, Refused):
