@@ -162,8 +162,11 @@ class _Views:
         if request.mimetype not in bodies.TYPES:
             raise Refused(415, 'the content type must be application/json or application/x-ndjson')
         request.max_content_length = self._app.max_body
-        messages = bodies.read_messages(request.get_data(cache=False), request.mimetype)
-        return _answer({'appended': self._opened(name).append_many(messages)}, 201)
+        messages, places = bodies.read_messages(request.get_data(cache=False), request.mimetype)
+        try:
+            return _answer({'appended': self._opened(name).append_many(messages)}, 201)
+        except DataError as exc:
+            raise bodies.placed(exc, places) from None
 
     def _opened(self, name: str) -> mb.Stream:
         with self._lock:
@@ -257,7 +260,8 @@ def _on_error(exc: Exception) -> Response:
     if isinstance(exc, HTTPException):
         return _answer({'error': exc.description}, exc.code or 500)
     if isinstance(exc, (ArgumentError, DataError)):
-        return _answer({'error': str(exc)}, 400)
+        written = getattr(exc, 'written', 0)  # more than 64 MB are not checked as one
+        return _answer({'error': str(exc), **({'written': written} if written else {})}, 400)
     if isinstance(exc, (ServerError, PyMongoError)):
         logger.warning('a request could not be answered: %s', exc)
         written = {name: getattr(exc, name, 0) for name in ('written', 'queued')}
