@@ -447,6 +447,10 @@ def test_answers_tell_browsers_to_be_careful(client):
     ({'token': 'short'}, 'token must be'), ({'token': 'with blanks in it'}, 'token must be'),
     ({'token': 12345678}, 'token'),
     ({'token': None, 'private': True}, 'private=True needs a token'), ({'hosts': 'hub'}, 'hosts must be a list'),
+    ({'hosts': [5]}, 'hosts must be a list'), ({'hosts': None}, 'hosts must be a list'), ({'hosts': ['']}, 'hosts must be'),
+    ({'name': 5}, 'name must be'), ({'name': ''}, 'name must be'), ({'url_prefix': 'streams'}, 'url_prefix must be'),
+    ({'url_prefix': 5}, 'url_prefix must be'), ({'url': 'mongodb://x/y'}, 'url and uri both'),
+    ({'uri': None, 'url': 'mongodb://x/y', 'on': object()}, 'url and on both'),
     ({'on': object(), 'uri': None}, 'omega'), ({'on': object()}, 'uri and on'), ({'uri': 'http://x'}, 'url must start'),
     ({'server': object()}, 'server must be a Flask app'), ({'max_body': 0}, 'max_body'),
     ({'listeners': True}, 'listeners'),
@@ -455,6 +459,20 @@ def test_answers_tell_browsers_to_be_careful(client):
 def test_an_argument_that_is_wrong_is_named(make, options, reason):
     with pytest.raises(ArgumentError, match=reason):
         make(**options)
+
+
+def test_the_url_may_be_given_as_url(make, url):
+    assert make(uri=None, url=url).url == make(uri=url).url == url
+    with pytest.raises(ArgumentError, match='url must start'):
+        make(uri=None, url='http://x')
+
+
+@pytest.mark.parametrize('timeout', ['x', -1, None, True, float('nan'), float('inf')])
+def test_stop_refuses_a_timeout_that_is_none(make, timeout):
+    app = make()
+    with pytest.raises(ArgumentError, match='timeout must be'):
+        app.stop(timeout)
+    assert not app.ending
 
 
 # --- as a part of something else

@@ -225,6 +225,18 @@ def test_a_consumer_that_cannot_be_sent_is_refused_at_once(make):
         make().start_streaming(lambda url: lock)
 
 
+@pytest.mark.parametrize('consumer', [lambda: 1, lambda a, b: 1, lambda *, url: 1, 5])
+def test_a_consumer_that_does_not_take_the_url_is_refused_at_once(make, consumer):
+    with pytest.raises(ArgumentError, match='consumer must'):
+        make().start_streaming(consumer)
+
+
+@pytest.mark.parametrize('name', [5, '', 'a\0b'])
+def test_a_name_of_a_consumer_that_is_none_is_refused(make, name):
+    with pytest.raises(ArgumentError, match='name must'):
+        make().start_streaming(consume, name=name)
+
+
 def test_consumers_have_names_of_their_own(make):
     app = make()
     app.start_streaming(consume)

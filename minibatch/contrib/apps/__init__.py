@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import logging
 import os
 import signal
@@ -37,6 +38,7 @@ except ImportError:
 
 from minibatch.connection import Target, target
 from minibatch.errors import ArgumentError
+from minibatch.models import check_name
 
 from .security import HOW_TO, Guard, Refused
 from .serving import Server
@@ -62,7 +64,7 @@ class StreamingApp:
 
     Args:
         name: what the dashboard calls it.
-        uri: a MongoDB URL, see `minibatch.connectdb` for what holds without one.
+        uri: the same as `url`.
         server: a Flask app of yours, to which the endpoints are added; without it the app makes one.
         on: an omega|ml instance, whose MongoDB is meant.
         token: what clients must send, as ``Authorization: Bearer TOKEN``, to change something; without it the
@@ -74,6 +76,7 @@ class StreamingApp:
         max_body: of a request, in bytes; more is answered with 413.
         listeners: how many may listen to ``/streams/NAME/tail`` at once; one more is answered with 503.
         timeout: seconds that an append waits for room in a stream, and for MongoDB.
+        url: a MongoDB URL, see `minibatch.connectdb` for what holds without one.
 
     Raises:
         ArgumentError: naming the argument.
@@ -97,11 +100,15 @@ class StreamingApp:
         max_body: int = MAX_BODY,
         listeners: int = 8,
         timeout: float = 10.0,
+        url: str | None = None,
     ) -> None:
-        if uri is not None and on is not None:
-            raise ArgumentError('uri and on both say where MongoDB is; give one of them')
-        if on is not None:
-            uri = _url_of(on)
+        check_name('name', name)
+        where = [option for option, value in {'url': url, 'uri': uri, 'on': on}.items() if value is not None]
+        if len(where) > 1:
+            raise ArgumentError(f'{" and ".join(where)} both say where MongoDB is; give one of them')
+        url = _url_of(on) if on is not None else uri if uri is not None else url
+        if url_prefix is not None and not (isinstance(url_prefix, str) and url_prefix.startswith('/')):
+            raise ArgumentError(f"url_prefix must be a path that begins with a slash, such as '/streams', not {url_prefix!r}")
         if server is not None and not isinstance(server, Flask):
             raise ArgumentError(f'server must be a Flask app, not {type(server).__name__}')
         for option, value in {'max_body': max_body, 'listeners': listeners, 'timeout': timeout}.items():
@@ -109,7 +116,7 @@ class StreamingApp:
                 raise ArgumentError(f'{option} must be a number above 0, not {value!r}')
         self.name, self.max_body, self.listeners, self.timeout = name, max_body, listeners, timeout
         self.guard = Guard(token, private, hosts)
-        self._target = None if uri is None else target(uri)
+        self._target = None if url is None else target(url)
         self.watcher = Watcher(lambda: self.url)
         self.ending = False
         self._consumers: list[ConsumerProcess] = []
@@ -186,13 +193,17 @@ class StreamingApp:
             name: how logs and status call it; the name of the function by default.
 
         Raises:
-            ArgumentError: if it cannot be sent to a process, or there is one of this name.
+            ArgumentError: if it does not take the URL or cannot be sent to a process, or there is one of this name.
         """
         if is_consumer_process():
             logger.info('a consumer does not start consumers; its module was imported by one')
             return
         if not callable(consumer):
             raise ArgumentError(f'consumer must be a function that takes the URL, not {consumer!r}')
+        if not _takes_url(consumer):
+            raise ArgumentError(f'consumer must take one argument, the URL, as consumer(url) does, not {consumer!r}')
+        if name is not None:
+            check_name('name', name)
         name = name or str(getattr(consumer, '__name__', type(consumer).__name__))
         if os.getpid() != self._pid:
             self._consumers, self._pid = [], os.getpid()
@@ -240,7 +251,13 @@ class StreamingApp:
 
         Args:
             timeout: seconds; what has not ended by then is killed, and its windows are tried again some time.
+
+        Raises:
+            ArgumentError: if `timeout` is none.
         """
+        known = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+        if not known or not 0 <= timeout <= threading.TIMEOUT_MAX:
+            raise ArgumentError(f'timeout must be a number of seconds, 0 or more, not {timeout!r}')
         self.ending = True
         consumers = self.consumers
         for consumer in consumers:
@@ -297,6 +314,18 @@ class StreamingApp:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _takes_url(consumer: Callable[..., Any]) -> bool:
+    try:
+        signature = inspect.signature(consumer)
+    except (TypeError, ValueError):
+        return True  # of what is not written in Python; it will be seen
+    try:
+        signature.bind('url')
+    except TypeError:
+        return False
+    return True
 
 
 def _url_of(om: Any) -> str:
