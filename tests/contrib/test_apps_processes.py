@@ -128,6 +128,26 @@ def test_a_killed_consumer_is_seen_and_started_again(make, url, quick, monkeypat
     eventually(lambda: client.get('/health').status_code == 200)
 
 
+def test_while_a_consumer_ends_nobody_is_told_that_its_exit_code_is_none(make, monkeypatch):
+    last_words, said, asked = supervisor.ConsumerProcess._last_words, [], threading.Event()
+
+    def slowly(self):
+        asking = threading.Thread(target=lambda: (said.append((self.problem, self.as_dict())), asked.set()))
+        asking.start()
+        time.sleep(0.3)
+        return last_words(self)
+
+    monkeypatch.setattr(supervisor.ConsumerProcess, '_last_words', slowly)
+    app = make()
+    app.start_streaming(broken)
+    assert asked.wait(20)
+    problem, status = said[0]
+    assert problem == (
+        "consumer 'broken' is not running: it ended with exit code 1, RuntimeError: no such sensor; it will be started again"
+    )
+    assert (status['state'], status['exit_code'], status['pid']) == ('waiting', 1, None)
+
+
 def test_the_last_words_of_a_consumer_are_kept_and_its_pauses_grow(make, quick, caplog):
     app = make()
     app.start_streaming(broken, name='mine')
