@@ -382,8 +382,9 @@ def test_a_dead_letter_is_replayed_and_discarded(client, letters, url):
     assert [(letter.id, letter.waiting) for letter in left] == [(letters[0].id, True), (letters[2].id, False)]
     assert client.post(f'/dead/{letters[0].id}/discard', headers=AUTH).status_code == 400  # it waits
     assert client.post(f'/dead/{letters[1].id}/replay', headers=AUTH).status_code == 404
-    for id_ in ('x', 'x/y', 'x/y/z', 'plant/3/default/1'):
-        assert client.post(f'/dead/{id_}/replay', headers=AUTH).status_code in (400, 404), id_
+    for id_ in ('x', 'xx', 'x/y', 'x/y/z', 'plant/3/none/1', 'plant/3/default/x'):
+        answer = client.post(f'/dead/{id_}/replay', headers=AUTH)
+        assert (answer.status_code, f'there is no dead letter {id_!r}' in answer.json['error']) == (404, True), answer.json
     assert client.post(f'/dead/{letters[2].id}/discard').status_code == 401
 
 

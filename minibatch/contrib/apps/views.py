@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -193,8 +194,10 @@ class _Views:
                 raise Refused(400, f'?stream= and &group= must say which dead letters, or /dead/ID/{action} which one')
             letters = _found(name, self._app.url).dead_letters(group)
             return _answer({action: getattr(letters, action)()})
-        name, group = [*id_.rsplit('/', 2)[:-1], '', ''][:2]
-        letters = _found(name, self._app.url).dead_letters(group)
+        letters: Iterable[mb.DeadLetter] = ()
+        with suppress(ArgumentError):  # there is no such stream or group; or the id, STREAM/GROUP/NUMBER, is none
+            name, group, _ = id_.rsplit('/', 2) if id_.count('/') > 1 else ('', '', '')
+            letters = mb.Stream.find(name, self._app.url).dead_letters(group)
         for letter in letters:
             if letter.id == id_:
                 getattr(letter, action)()
