@@ -361,7 +361,7 @@ def test_the_service_alerts_of_the_sensor_that_is_too_hot(url, monkeypatch):
         assert re.fullmatch(r'sensor 3 is too hot: 3\d\.\d °C, the mean of \d+\n', lines[-1]), lines
         assert any(line.startswith('the token of this run is ') for line in lines)
         family = tree(process.pid)
-        process.terminate()
-        process.stdout.read()
+        process.send_signal(signal.SIGINT)
+        assert 'not posted' not in process.stdout.read()
         assert process.wait(20) == 0
         gone(family)
