@@ -384,7 +384,8 @@ def test_a_dead_letter_is_replayed_and_discarded(client, letters, url):
     assert client.post(f'/dead/{letters[1].id}/replay', headers=AUTH).status_code == 404
     for id_ in ('x', 'xx', 'x/y', 'x/y/z', 'plant/3/none/1', 'plant/3/default/x'):
         answer = client.post(f'/dead/{id_}/replay', headers=AUTH)
-        assert (answer.status_code, f'there is no dead letter {id_!r}' in answer.json['error']) == (404, True), answer.json
+        assert answer.status_code == 404, id_
+        assert answer.json['error'].startswith(f'there is no dead letter {id_!r};')
     assert client.post(f'/dead/{letters[2].id}/discard').status_code == 401
 
 
@@ -448,7 +449,8 @@ def test_answers_tell_browsers_to_be_careful(client):
     ({'token': 'short'}, 'token must be'), ({'token': 'with blanks in it'}, 'token must be'),
     ({'token': 12345678}, 'token'),
     ({'token': None, 'private': True}, 'private=True needs a token'), ({'hosts': 'hub'}, 'hosts must be a list'),
-    ({'hosts': [5]}, 'hosts must be a list'), ({'hosts': None}, 'hosts must be a list'), ({'hosts': ['']}, 'hosts must be'),
+    ({'hosts': [5]}, 'hosts must be a list'), ({'hosts': None}, 'hosts must be a list'),
+    ({'hosts': ['']}, 'hosts must be a list'),
     ({'name': 5}, 'name must be'), ({'name': ''}, 'name must be'), ({'url_prefix': 'streams'}, 'url_prefix must be'),
     ({'url_prefix': 5}, 'url_prefix must be'), ({'url': 'mongodb://x/y'}, 'url and uri both'),
     ({'uri': None, 'url': 'mongodb://x/y', 'on': object()}, 'url and on both'),

@@ -143,7 +143,8 @@ def test_while_a_consumer_ends_nobody_is_told_that_its_exit_code_is_none(make, m
     assert asked.wait(20)
     problem, status = said[0]
     assert problem == (
-        "consumer 'broken' is not running: it ended with exit code 1, RuntimeError: no such sensor; it will be started again"
+        "consumer 'broken' is not running: it ended with exit code 1, RuntimeError: no such sensor; "
+        'it will be started again'
     )
     assert (status['state'], status['exit_code'], status['pid']) == ('waiting', 1, None)
 

@@ -108,7 +108,7 @@ class StreamingApp:
             raise ArgumentError(f'{" and ".join(where)} both say where MongoDB is; give one of them')
         url = _url_of(on) if on is not None else uri if uri is not None else url
         if url_prefix is not None and not (isinstance(url_prefix, str) and url_prefix.startswith('/')):
-            raise ArgumentError(f"url_prefix must be a path that begins with a slash, such as '/streams', not {url_prefix!r}")
+            raise ArgumentError(f"url_prefix must be a path that begins with a slash, such as '/x', not {url_prefix!r}")
         if server is not None and not isinstance(server, Flask):
             raise ArgumentError(f'server must be a Flask app, not {type(server).__name__}')
         for option, value in {'max_body': max_body, 'listeners': listeners, 'timeout': timeout}.items():

@@ -46,7 +46,8 @@ def placed(exc: DataError, places: list[str]) -> DataError:
     if not match:
         return exc
     number, reason, stored = match.groups()
-    said = DataError(f'{places[int(number)]}: {reason}' + (f'; the first {stored} messages are stored' if stored else ''))
+    so_far = f'; the first {stored} messages are stored' if stored else ''
+    said = DataError(f'{places[int(number)]}: {reason}{so_far}')
     said.written = exc.written
     return said
 

@@ -194,11 +194,11 @@ class _Views:
                 raise Refused(400, f'?stream= and &group= must say which dead letters, or /dead/ID/{action} which one')
             letters = _found(name, self._app.url).dead_letters(group)
             return _answer({action: getattr(letters, action)()})
-        letters: Iterable[mb.DeadLetter] = ()
-        with suppress(ArgumentError):  # there is no such stream or group; or the id, STREAM/GROUP/NUMBER, is none
-            name, group, _ = id_.rsplit('/', 2) if id_.count('/') > 1 else ('', '', '')
-            letters = mb.Stream.find(name, self._app.url).dead_letters(group)
-        for letter in letters:
+        name, group = [*id_.rsplit('/', 2)[:-1], '', ''][:2]
+        found: Iterable[mb.DeadLetter] = ()
+        with suppress(ArgumentError):  # there is no such stream or group, or this is no id
+            found = mb.Stream.find(name, self._app.url).dead_letters(group)
+        for letter in found:
             if letter.id == id_:
                 getattr(letter, action)()
                 return _answer({action: 1})
