@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import socket
 import sys
 import threading
@@ -17,6 +18,7 @@ from servers import Mongod, eventually
 from webs import AUTH, TOKEN, get
 
 import minibatch as mb
+from minibatch import producer
 from minibatch.contrib.apps import StreamingApp, views, watching
 from minibatch.contrib.apps.omegaml import StreamingApp as OmegaApp
 from minibatch.errors import ArgumentError
@@ -197,6 +199,14 @@ def test_what_is_not_right_is_refused_and_nothing_is_written(client, url, db, bo
     assert db.buffer.count_documents({}) == 0
     assert status != 401 or answer.headers['WWW-Authenticate'] == 'Bearer'
     assert TOKEN not in answer.text
+
+
+def test_what_was_stored_before_an_item_that_is_refused_is_said(client, url, monkeypatch):
+    monkeypatch.setattr(producer, 'CHECKED_BYTES', 10)
+    answer = client.post('/streams/test', data=b'[{"i": 0}, {"i": 123456789012345678901234567890}]', headers=JSON)
+    assert (answer.status_code, answer.json['written']) == (400, 1)
+    assert re.fullmatch('item 2: .*; the first 1 messages are stored', answer.json['error'])
+    assert stored(url) == [{'i': 0}]
 
 
 def test_without_a_token_nothing_can_be_changed(make, monkeypatch):
