@@ -47,16 +47,18 @@ def make_up(app, token, sensors, stopped):
     headers = {'Authorization': f'Bearer {token}', 'Content-Type': 'application/x-ndjson'}
     warmer = 0.0
     while not stopped.wait(0.25):
-        if app.address is None:
+        address = app.address
+        if address is None:
             continue  # it is about to listen
         warmer = (warmer + 0.2) % 20
         means = [20.0] * (sensors - 1) + [20.0 + warmer]
         readings = [{'sensor': f'sensor {n}', 'celsius': random.gauss(mean, 1)} for n, mean in enumerate(means, 1)]
         body = '\n'.join(map(json.dumps, readings)).encode()
         try:
-            urllib.request.urlopen(urllib.request.Request(f'{app.address}/streams/readings', body, headers)).close()
+            urllib.request.urlopen(urllib.request.Request(f'{address}/streams/readings', body, headers)).close()
         except OSError as exc:
-            print(f'not posted: {exc}', flush=True)
+            if not app.ending:  # else nobody listens any more
+                print(f'not posted: {exc}', flush=True)
 
 
 def main():

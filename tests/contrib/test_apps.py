@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import socket
 import sys
 import threading
@@ -12,11 +13,12 @@ from datetime import datetime, timezone
 
 import pytest
 from bson import ObjectId
-from flask import Flask
+from flask import Flask, abort
 from servers import Mongod, eventually
 from webs import AUTH, TOKEN, get
 
 import minibatch as mb
+from minibatch import producer
 from minibatch.contrib.apps import StreamingApp, views, watching
 from minibatch.contrib.apps.omegaml import StreamingApp as OmegaApp
 from minibatch.errors import ArgumentError
@@ -167,16 +169,19 @@ def test_a_name_may_have_slashes_and_anything(client, url):
 
 
 @pytest.mark.parametrize(('body', 'headers', 'status', 'reason'), [
-    (b'{"i": 0', JSON, 400, 'the body is no JSON: Expecting'),
-    (b'[{"i": 0}, 7]', JSON, 400, 'item 1 must be a JSON object, not 7'),
+    (b'{"i": 0', JSON, 400, "the body is no JSON: Expecting ',' delimiter at column 8"),
+    (b'{"i":\n 0', JSON, 400, "the body is no JSON: Expecting ',' delimiter at line 2 column 3"),
+    (b'[{"i": 0}, 7]', JSON, 400, 'item 2 must be a JSON object, not 7'),
     (b'"text"', JSON, 400, 'the body must be a JSON object'),
-    (b'{"i": 0}\n{"i": 1}\n{"i" 2}', LINES, 400, 'line 3 is no JSON'),
+    (b'{"i": 0}\n{"i": 1}\n{"i" 2}', LINES, 400, "line 3 is no JSON: Expecting ':' delimiter at column 6"),
     (b'{"i": 0}\n[]', LINES, 400, 'line 2 must be a JSON object'),
     (b'{"i": NaN}', JSON, 400, 'NaN is no number of JSON'),
-    (b'{"i": 0}\n{"i": "\xff"}', LINES, 400, 'not UTF-8: byte 16 is 0xff'),
+    (b'{"i": 0}\n{"i": "\xff"}', LINES, 400, 'not UTF-8: byte 0xff at line 2 column 8'),
     (b'[' * 100_000, JSON, 400, 'the body is nested too deeply'),
-    (b'[{"i": 0}, {"i": ' + b'{"a":' * 500 + b'1' + b'}' * 501 + b']', JSON, 400, 'items[1]: data is nested'),
-    (b'[{"i": 0}, {"i": 123456789012345678901234567890}]', JSON, 400, 'items[1]'),
+    (b'[{"i": 0}, {"i": ' + b'{"a":' * 500 + b'1' + b'}' * 501 + b']', JSON, 400, 'item 2: data is nested'),
+    (b'[{"i": 0}, {"i": 123456789012345678901234567890}]', JSON, 400, 'item 2: '),
+    (b'\n{"i": 0}\n\n{"i": 123456789012345678901234567890}', LINES, 400, 'line 4: '),
+    (b'{"i": 123456789012345678901234567890}', JSON, 400, 'the body: '),
     (b'{"i": "\\ud800"}', JSON, 400, ''),
     (b'{"a\\u0000b": 1}', JSON, 400, ''),
     (b'{"i": 0}', {**JSON, 'Content-Type': 'text/plain'}, 415, 'application/json'),
@@ -194,6 +199,14 @@ def test_what_is_not_right_is_refused_and_nothing_is_written(client, url, db, bo
     assert db.buffer.count_documents({}) == 0
     assert status != 401 or answer.headers['WWW-Authenticate'] == 'Bearer'
     assert TOKEN not in answer.text
+
+
+def test_what_was_stored_before_an_item_that_is_refused_is_said(client, url, monkeypatch):
+    monkeypatch.setattr(producer, 'CHECKED_BYTES', 10)
+    answer = client.post('/streams/test', data=b'[{"i": 0}, {"i": 123456789012345678901234567890}]', headers=JSON)
+    assert (answer.status_code, answer.json['written']) == (400, 1)
+    assert re.fullmatch('item 2: .*; the first 1 messages are stored', answer.json['error'])
+    assert stored(url) == [{'i': 0}]
 
 
 def test_without_a_token_nothing_can_be_changed(make, monkeypatch):
@@ -319,6 +332,28 @@ def test_a_question_that_is_not_right_is_answered_with_what_is_wrong(client, url
     assert (answer.status_code, bool(answer.json['error'])) == (status, True)
 
 
+def test_a_path_that_is_none_is_answered_in_json(client):
+    answer = client.get('/nothing/here')
+    assert (answer.status_code, answer.json['error'][:36]) == (404, "there is nothing at '/nothing/here';")
+    assert answer.headers['X-Content-Type-Options'] == 'nosniff'
+    answer = client.get('/streams/test')
+    assert (answer.status_code, answer.json['error']) == (405, "'/streams/test' takes OPTIONS, POST, not GET")
+    assert answer.headers['Allow'] == 'OPTIONS, POST'
+    assert client.get('/nothing', headers={'Host': 'evil.example.com'}).status_code == 421
+
+
+def test_what_a_page_of_the_user_refuses_and_a_server_of_theirs_are_left_to_flask(make):
+    app, theirs = make(), Flask('theirs')
+    make(server=theirs)
+
+    @app.route('/mine')
+    def mine():
+        abort(404, 'not mine')
+
+    for answer in (app.server.test_client().get('/mine'), theirs.test_client().get('/nothing')):
+        assert (answer.status_code, answer.mimetype) == (404, 'text/html')
+
+
 # --- dead letters
 
 
@@ -357,8 +392,10 @@ def test_a_dead_letter_is_replayed_and_discarded(client, letters, url):
     assert [(letter.id, letter.waiting) for letter in left] == [(letters[0].id, True), (letters[2].id, False)]
     assert client.post(f'/dead/{letters[0].id}/discard', headers=AUTH).status_code == 400  # it waits
     assert client.post(f'/dead/{letters[1].id}/replay', headers=AUTH).status_code == 404
-    for id_ in ('x', 'x/y', 'x/y/z', 'plant/3/default/1'):
-        assert client.post(f'/dead/{id_}/replay', headers=AUTH).status_code in (400, 404), id_
+    for id_ in ('x', 'xx', 'x/y', 'x/y/z', 'plant/3/none/1', 'plant/3/default/x'):
+        answer = client.post(f'/dead/{id_}/replay', headers=AUTH)
+        assert answer.status_code == 404, id_
+        assert answer.json['error'].startswith(f'there is no dead letter {id_!r};')
     assert client.post(f'/dead/{letters[2].id}/discard').status_code == 401
 
 
@@ -422,6 +459,11 @@ def test_answers_tell_browsers_to_be_careful(client):
     ({'token': 'short'}, 'token must be'), ({'token': 'with blanks in it'}, 'token must be'),
     ({'token': 12345678}, 'token'),
     ({'token': None, 'private': True}, 'private=True needs a token'), ({'hosts': 'hub'}, 'hosts must be a list'),
+    ({'hosts': [5]}, 'hosts must be a list'), ({'hosts': None}, 'hosts must be a list'),
+    ({'hosts': ['']}, 'hosts must be a list'),
+    ({'name': 5}, 'name must be'), ({'name': ''}, 'name must be'), ({'url_prefix': 'streams'}, 'url_prefix must be'),
+    ({'url_prefix': 5}, 'url_prefix must be'), ({'url': 'mongodb://x/y'}, 'url and uri both'),
+    ({'uri': None, 'url': 'mongodb://x/y', 'on': object()}, 'url and on both'),
     ({'on': object(), 'uri': None}, 'omega'), ({'on': object()}, 'uri and on'), ({'uri': 'http://x'}, 'url must start'),
     ({'server': object()}, 'server must be a Flask app'), ({'max_body': 0}, 'max_body'),
     ({'listeners': True}, 'listeners'),
@@ -430,6 +472,20 @@ def test_answers_tell_browsers_to_be_careful(client):
 def test_an_argument_that_is_wrong_is_named(make, options, reason):
     with pytest.raises(ArgumentError, match=reason):
         make(**options)
+
+
+def test_the_url_may_be_given_as_url(make, url):
+    assert make(uri=None, url=url).url == make(uri=url).url == url
+    with pytest.raises(ArgumentError, match='url must start'):
+        make(uri=None, url='http://x')
+
+
+@pytest.mark.parametrize('timeout', ['x', -1, None, True, float('nan'), float('inf')])
+def test_stop_refuses_a_timeout_that_is_none(make, timeout):
+    app = make()
+    with pytest.raises(ArgumentError, match='timeout must be'):
+        app.stop(timeout)
+    assert not app.ending
 
 
 # --- as a part of something else

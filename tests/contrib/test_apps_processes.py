@@ -128,6 +128,27 @@ def test_a_killed_consumer_is_seen_and_started_again(make, url, quick, monkeypat
     eventually(lambda: client.get('/health').status_code == 200)
 
 
+def test_while_a_consumer_ends_nobody_is_told_that_its_exit_code_is_none(make, monkeypatch):
+    last_words, said, asked = supervisor.ConsumerProcess._last_words, [], threading.Event()
+
+    def slowly(self):
+        asking = threading.Thread(target=lambda: (said.append((self.problem, self.as_dict())), asked.set()))
+        asking.start()
+        time.sleep(0.3)
+        return last_words(self)
+
+    monkeypatch.setattr(supervisor.ConsumerProcess, '_last_words', slowly)
+    app = make()
+    app.start_streaming(broken)
+    assert asked.wait(20)
+    problem, status = said[0]
+    assert problem == (
+        "consumer 'broken' is not running: it ended with exit code 1, RuntimeError: no such sensor; "
+        'it will be started again'
+    )
+    assert (status['state'], status['exit_code'], status['pid']) == ('waiting', 1, None)
+
+
 def test_the_last_words_of_a_consumer_are_kept_and_its_pauses_grow(make, quick, caplog):
     app = make()
     app.start_streaming(broken, name='mine')
@@ -225,6 +246,18 @@ def test_a_consumer_that_cannot_be_sent_is_refused_at_once(make):
         make().start_streaming(lambda url: lock)
 
 
+@pytest.mark.parametrize('consumer', [lambda: 1, lambda a, b: 1, lambda *, url: 1, 5])
+def test_a_consumer_that_does_not_take_the_url_is_refused_at_once(make, consumer):
+    with pytest.raises(ArgumentError, match='consumer must'):
+        make().start_streaming(consumer)
+
+
+@pytest.mark.parametrize('name', [5, '', 'a\0b'])
+def test_a_name_of_a_consumer_that_is_none_is_refused(make, name):
+    with pytest.raises(ArgumentError, match='name must'):
+        make().start_streaming(consume, name=name)
+
+
 def test_consumers_have_names_of_their_own(make):
     app = make()
     app.start_streaming(consume)
@@ -253,6 +286,17 @@ def test_start_serves_in_a_thread_until_stop(make):
 def test_a_port_that_is_taken_is_said(make):
     with socket.create_server(('127.0.0.1', 0)) as taken, pytest.raises(MinibatchError, match='cannot listen at 127'):
         make().start(port=taken.getsockname()[1])
+
+
+@pytest.mark.parametrize('port', [-1, 65536, 99999, 'abc', '5000', True, 5000.0, None])
+def test_a_port_that_is_none_is_refused_by_name(make, port):
+    app = make()
+    for serve in (app.run, app.start):
+        with pytest.raises(ArgumentError, match='port must be a whole number from 0 to 65535'):
+            serve(port=port)
+    assert app.address is None
+    with pytest.raises(ArgumentError, match='host must be'):
+        app.start(host=5)
 
 
 def test_listening_beyond_loopback_warns_unless_readers_need_the_token(make, caplog):
@@ -318,7 +362,7 @@ def test_the_service_alerts_of_the_sensor_that_is_too_hot(url, monkeypatch):
         assert re.fullmatch(r'sensor 3 is too hot: 3\d\.\d °C, the mean of \d+\n', lines[-1]), lines
         assert any(line.startswith('the token of this run is ') for line in lines)
         family = tree(process.pid)
-        process.terminate()
-        process.stdout.read()
+        process.send_signal(signal.SIGINT)
+        assert 'not posted' not in process.stdout.read()
         assert process.wait(20) == 0
         gone(family)

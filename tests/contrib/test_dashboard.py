@@ -153,6 +153,22 @@ def test_a_stream_and_its_group_are_shown_as_they_change(page, serve, url):
     eventually(lambda: any(re.match(r'M[\d.]+ [\d.]+L', path) for path in page.run(paths)))
 
 
+def test_of_many_streams_those_without_a_consumer_are_a_line_each_at_the_end(page, serve, url):
+    for i in range(4):
+        mb.stream(f'quiet-{i}', url=url).append({'i': i})
+    mb.stream('used', url=url).append({'i': 0})
+    process(url, name='used', size=1)
+    for width in (1280, 390):
+        page.open(serve(), width).shows('used', 'quiet-3', 'no consumer yet, ')
+        names = page.run('[...document.querySelectorAll(".stream h2")].map(each => each.textContent)')
+        assert names == ['used', 'quiet-0', 'quiet-1', 'quiet-2', 'quiet-3']
+        assert 'Nobody processes this stream yet' not in page.text
+        heights = page.run('[...document.querySelectorAll(".stream.compact")].map(each => each.offsetHeight)')
+        assert (len(heights), max(heights) < (60 if width == 1280 else 120)) == (4, True), heights
+        assert page.run('document.documentElement.scrollWidth') == width
+        page.click('Messages as they arrive', '.compact').shows('{"i":0}')
+
+
 def test_charts_go_on_after_the_page_is_loaded_again(page, serve, url):
     stream, address = mb.stream('test', url=url), serve()
     process(url)
@@ -184,9 +200,28 @@ def test_the_page_has_no_way_to_parse_html_and_asks_nobody_else():
         text = file.read()
     parsers = r'innerHTML|outerHTML|insertAdjacent|document\.write|DOMParser|srcdoc|eval\(|new Function'
     assert not re.findall(parsers, text)
-    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', text)
     assert re.findall(r'https?://[^\s\'"]+', text) == ['http://www.w3.org/2000/svg'] * 2
     assert len(text.splitlines()) < 700
+
+
+def test_times_are_short_and_no_powers_of_ten(page, serve):
+    shown = {
+        0.0000012: '1.2 µs', 0.0000994: '99 µs', 0.0000996: '100 µs', 0.0003: '300 µs', 0.000999: '999 µs',
+        0.0009996: '1.0 ms', 0.0023: '2.3 ms', 0.0994: '99 ms', 0.3: '300 ms', None: '\N{EN DASH}',
+    }  # fmt: skip
+    assert page.open(serve()).run('arguments[0].map(seconds)', list(shown)) == list(shown.values())
+
+
+def test_a_long_figure_does_not_reach_into_the_next_one(page, serve, url):
+    mb.stream('test', url=url).append({'i': 0})
+    process(url, size=1)
+    page.open(serve(), 390).shows('a window')
+    page.run('document.querySelectorAll(".value small").forEach(unit => { unit.textContent = "x ".repeat(60); })')
+    charts = '[...document.querySelectorAll(".chart")]'
+    assert page.run(f'{charts}.filter(chart => chart.scrollWidth > chart.clientWidth + 1)') == []
+    tops = page.run(f'{charts}.map(chart => chart.querySelector("svg").getBoundingClientRect().top)')
+    assert len(set(tops)) == 2  # rows
 
 
 def test_the_policy_lets_no_other_script_run(page, serve):
@@ -195,6 +230,18 @@ def test_the_policy_lets_no_other_script_run(page, serve):
                          document.body.append(it); })()""")
     assert page.run('document.title') == 'minibatch'
     assert 'Content Security Policy' in page.complaints()[0]
+
+
+def test_the_header_leads_to_dead_letters(page, serve, letters):
+    page.open(serve()).shows('3 dead letters')
+    link = page.find('#dead')
+    assert (link.text, 'all well' in page.text) == ('3 dead letters', False)
+    link.click()
+    page.shows('ValueError: cannot read')
+    assert page.run('document.activeElement.textContent') == '3 dead letters'
+    for letter in letters.dead_letters():
+        letter.discard()
+    page.shows('all well').hides('dead letter')
 
 
 def test_a_dead_letter_is_replayed_and_discarded_with_the_token(page, serve, letters):

@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import logging
 import os
 import signal
@@ -37,11 +38,12 @@ except ImportError:
 
 from minibatch.connection import Target, target
 from minibatch.errors import ArgumentError
+from minibatch.models import check_name
 
 from .security import HOW_TO, Guard, Refused
 from .serving import Server
 from .supervisor import ConsumerProcess, is_consumer_process
-from .views import make_blueprint, refusal
+from .views import make_blueprint, not_routed, refusal
 from .watching import Look, Watcher
 
 __all__ = ['StreamingApp']
@@ -50,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = ('127.0.0.1', '::1', 'localhost')
 MAX_BODY = 16_000_000
+MAX_PORT = 65535
 
 
 class StreamingApp:
@@ -61,7 +64,7 @@ class StreamingApp:
 
     Args:
         name: what the dashboard calls it.
-        uri: a MongoDB URL, see `minibatch.connectdb` for what holds without one.
+        uri: the same as `url`.
         server: a Flask app of yours, to which the endpoints are added; without it the app makes one.
         on: an omega|ml instance, whose MongoDB is meant.
         token: what clients must send, as ``Authorization: Bearer TOKEN``, to change something; without it the
@@ -73,6 +76,7 @@ class StreamingApp:
         max_body: of a request, in bytes; more is answered with 413.
         listeners: how many may listen to ``/streams/NAME/tail`` at once; one more is answered with 503.
         timeout: seconds that an append waits for room in a stream, and for MongoDB.
+        url: a MongoDB URL, see `minibatch.connectdb` for what holds without one.
 
     Raises:
         ArgumentError: naming the argument.
@@ -96,11 +100,15 @@ class StreamingApp:
         max_body: int = MAX_BODY,
         listeners: int = 8,
         timeout: float = 10.0,
+        url: str | None = None,
     ) -> None:
-        if uri is not None and on is not None:
-            raise ArgumentError('uri and on both say where MongoDB is; give one of them')
-        if on is not None:
-            uri = _url_of(on)
+        check_name('name', name)
+        where = [option for option, value in {'url': url, 'uri': uri, 'on': on}.items() if value is not None]
+        if len(where) > 1:
+            raise ArgumentError(f'{" and ".join(where)} both say where MongoDB is; give one of them')
+        url = _url_of(on) if on is not None else uri if uri is not None else url
+        if url_prefix is not None and not (isinstance(url_prefix, str) and url_prefix.startswith('/')):
+            raise ArgumentError(f"url_prefix must be a path that begins with a slash, such as '/x', not {url_prefix!r}")
         if server is not None and not isinstance(server, Flask):
             raise ArgumentError(f'server must be a Flask app, not {type(server).__name__}')
         for option, value in {'max_body': max_body, 'listeners': listeners, 'timeout': timeout}.items():
@@ -108,7 +116,7 @@ class StreamingApp:
                 raise ArgumentError(f'{option} must be a number above 0, not {value!r}')
         self.name, self.max_body, self.listeners, self.timeout = name, max_body, listeners, timeout
         self.guard = Guard(token, private, hosts)
-        self._target = None if uri is None else target(uri)
+        self._target = None if url is None else target(url)
         self.watcher = Watcher(lambda: self.url)
         self.ending = False
         self._consumers: list[ConsumerProcess] = []
@@ -122,6 +130,8 @@ class StreamingApp:
         server = Flask(__name__, static_folder=None)
         server.before_request(self.guard.check_host)
         server.register_error_handler(Refused, refusal)
+        for status in (404, 405):
+            server.register_error_handler(status, not_routed)
         return server
 
     # --- what it is
@@ -183,13 +193,17 @@ class StreamingApp:
             name: how logs and status call it; the name of the function by default.
 
         Raises:
-            ArgumentError: if it cannot be sent to a process, or there is one of this name.
+            ArgumentError: if it does not take the URL or cannot be sent to a process, or there is one of this name.
         """
         if is_consumer_process():
             logger.info('a consumer does not start consumers; its module was imported by one')
             return
         if not callable(consumer):
             raise ArgumentError(f'consumer must be a function that takes the URL, not {consumer!r}')
+        if not _takes_url(consumer):
+            raise ArgumentError(f'consumer must take one argument, the URL, as consumer(url) does, not {consumer!r}')
+        if name is not None:
+            check_name('name', name)
         name = name or str(getattr(consumer, '__name__', type(consumer).__name__))
         if os.getpid() != self._pid:
             self._consumers, self._pid = [], os.getpid()
@@ -211,6 +225,7 @@ class StreamingApp:
             port: 0 for any that is free.
 
         Raises:
+            ArgumentError: naming the argument.
             MinibatchError: if the address is taken.
         """
         web = self._listen(host, port)
@@ -236,7 +251,13 @@ class StreamingApp:
 
         Args:
             timeout: seconds; what has not ended by then is killed, and its windows are tried again some time.
+
+        Raises:
+            ArgumentError: if `timeout` is none.
         """
+        known = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+        if not known or not 0 <= timeout <= threading.TIMEOUT_MAX:
+            raise ArgumentError(f'timeout must be a number of seconds, 0 or more, not {timeout!r}')
         self.ending = True
         consumers = self.consumers
         for consumer in consumers:
@@ -259,6 +280,10 @@ class StreamingApp:
     def _listen(self, host: str, port: int) -> Server:
         if self._web is not None:
             raise ArgumentError(f'the app is served already, at {self._web.url}; stop() it first')
+        if not isinstance(host, str):
+            raise ArgumentError(f'host must be a name or an address, not {host!r}')
+        if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= MAX_PORT:
+            raise ArgumentError(f'port must be a whole number from 0 to {MAX_PORT}, not {port!r}')
         if host not in LOOPBACK and not host.startswith('127.') and not self.guard.private:
             logger.warning('whoever can reach %s port %s can read all streams; %s and private=True', host, port, HOW_TO)
         self._web = Server(self.server, host, port, self.listeners, self.max_body)
@@ -289,6 +314,18 @@ class StreamingApp:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _takes_url(consumer: Callable[..., Any]) -> bool:
+    try:
+        signature = inspect.signature(consumer)
+    except (TypeError, ValueError):
+        return True  # of what is not written in Python; it will be seen
+    try:
+        signature.bind('url')
+    except TypeError:
+        return False
+    return True
 
 
 def _url_of(om: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn
 
 from bson import json_util
@@ -14,8 +15,11 @@ TYPES = {'application/json', *LINES_TYPES}
 MAX_SHOWN = 200
 
 
-def read_messages(body: bytes, content_type: str) -> list[dict[str, Any]]:
+def read_messages(body: bytes, content_type: str) -> tuple[list[dict[str, Any]], list[str]]:
     """The messages of a request: a JSON object, a JSON array of objects, or an object a line.
+
+    Returns:
+        the messages, and how errors call each: its line or item, counted from 1.
 
     Raises:
         DataError: naming the line or item that is wrong, and what is wrong with it.
@@ -23,14 +27,29 @@ def read_messages(body: bytes, content_type: str) -> list[dict[str, Any]]:
     try:
         text = body.decode('utf-8-sig')
     except UnicodeDecodeError as exc:
-        raise DataError(f'the body is not UTF-8: byte {exc.start} is 0x{body[exc.start]:02x}') from None
+        before, byte = exc.object[: exc.start], exc.object[exc.start]
+        place = f'line {before.count(10) + 1} column {exc.start - before.rfind(10)}'
+        raise DataError(f'the body is not UTF-8: byte {byte:#04x} at {place}') from None
     if content_type in LINES_TYPES:
         lines = [(f'line {number}', line) for number, line in enumerate(text.split('\n'), 1) if line.strip()]
-        return [_message(_parse(line, where), where) for where, line in lines]
+        return [_message(_parse(line, where), where) for where, line in lines], [where for where, _ in lines]
     found = _parse(text, 'the body')
     if isinstance(found, list):
-        return [_message(item, f'item {number}') for number, item in enumerate(found)]
-    return [_message(found, 'the body')]
+        places = [f'item {number}' for number in range(1, len(found) + 1)]
+        return [_message(item, where) for item, where in zip(found, places, strict=True)], places
+    return [_message(found, 'the body')], ['the body']
+
+
+def placed(exc: DataError, places: list[str]) -> DataError:
+    """The error of an append with the place in the request, for that in a list, which is counted from 0."""
+    match = re.fullmatch(r'items\[(\d+)\]: (.*?)(?:; items\[:(\d+)\] are stored)?', str(exc), re.DOTALL)
+    if not match:
+        return exc
+    number, reason, stored = match.groups()
+    so_far = f'; the first {stored} messages are stored' if stored else ''
+    said = DataError(f'{places[int(number)]}: {reason}{so_far}')
+    said.written = exc.written
+    return said
 
 
 def _parse(text: str, where: str) -> Any:
@@ -38,6 +57,9 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text, parse_constant=_refuse)
     except RecursionError:
         raise DataError(f'{where} is nested too deeply') from None
+    except json.JSONDecodeError as exc:
+        place = f'line {exc.lineno} column {exc.colno}' if '\n' in text else f'column {exc.colno}'
+        raise DataError(f'{where} is no JSON: {exc.msg} at {place}') from None
     except ValueError as exc:
         raise DataError(f'{where} is no JSON: {exc}') from None
 

@@ -9,7 +9,7 @@ import ipaddress
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from flask import Response, request
 
@@ -58,6 +58,8 @@ class Guard:
             raise ArgumentError('private=True needs a token, that who reads must know')
         if isinstance(hosts, str):
             raise ArgumentError(f'hosts must be a list of names, such as [{hosts!r}]')
+        if not isinstance(hosts, Collection) or not all(isinstance(host, str) and host for host in hosts):
+            raise ArgumentError(f'hosts must be a list of names, not {hosts!r}')
         self._token, self.private = token, private
         self._hosts = {'localhost', socket.gethostname().lower(), *(host.lower() for host in hosts)}
 

@@ -59,7 +59,7 @@ class ConsumerProcess:
         self.name = name
         self._payload = pickle.dumps([os.path.abspath(path) for path in sys.path]) + _pickled(consumer, url)
         self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._stopped = threading.Event()
         self._deadline = 0.0
         self._started, self._lived = time.monotonic(), 0.0
@@ -98,26 +98,28 @@ class ConsumerProcess:
         """Why this consumer is not well, or ''."""
         if self._stopped.is_set():
             return f'consumer {self.name!r} is stopped'
-        ended = f'it ended with {_exit(self.exit_code)}' + (f', {self.error}' if self.error else '')
-        if self._process is None:
-            return f'consumer {self.name!r} is not running: {ended}; it will be started again'
-        if self.restarts and time.monotonic() - self._started < min(max(SETTLED, 1.5 * self._lived), WELL):
-            return f'consumer {self.name!r} was started again: {ended}'
-        return ''
+        with self._lock:
+            ended = f'it ended with {_exit(self.exit_code)}' + (f', {self.error}' if self.error else '')
+            if self._process is None:
+                return f'consumer {self.name!r} is not running: {ended}; it will be started again'
+            if self.restarts and time.monotonic() - self._started < min(max(SETTLED, 1.5 * self._lived), WELL):
+                return f'consumer {self.name!r} was started again: {ended}'
+            return ''
 
     def as_dict(self) -> dict[str, Any]:
         """What /status says of it."""
-        state = 'stopped' if self._stopped.is_set() else 'running' if self._process is not None else 'waiting'
-        return {
-            'name': self.name,
-            'state': state,
-            'healthy': not self.problem,
-            'pid': self.pid,
-            'since': self._since.isoformat(timespec='seconds'),
-            'restarts': self.restarts,
-            'exit_code': self.exit_code,
-            'error': self.error,
-        }
+        with self._lock:  # what has just ended is told of all at once
+            state = 'stopped' if self._stopped.is_set() else 'running' if self._process is not None else 'waiting'
+            return {
+                'name': self.name,
+                'state': state,
+                'healthy': not self.problem,
+                'pid': self.pid,
+                'since': self._since.isoformat(timespec='seconds'),
+                'restarts': self.restarts,
+                'exit_code': self.exit_code,
+                'error': self.error,
+            }
 
     def _supervise(self) -> None:
         pause, longest = PAUSES
@@ -171,10 +173,10 @@ class ConsumerProcess:
             os.killpg(process.pid, signal.SIGKILL)
         _await_end(process.pid)
         with self._lock:
-            self._process = None
             self.exit_code = process.wait()
             self._since, self._lived = datetime.now(timezone.utc), time.monotonic() - self._started
             self.error = self._last_words()
+            self._process = None
         feeding.join()
         with suppress(BrokenPipeError):
             process.stdin.close()  # type: ignore[union-attr]

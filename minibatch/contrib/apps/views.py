@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -162,8 +163,11 @@ class _Views:
         if request.mimetype not in bodies.TYPES:
             raise Refused(415, 'the content type must be application/json or application/x-ndjson')
         request.max_content_length = self._app.max_body
-        messages = bodies.read_messages(request.get_data(cache=False), request.mimetype)
-        return _answer({'appended': self._opened(name).append_many(messages)}, 201)
+        messages, places = bodies.read_messages(request.get_data(cache=False), request.mimetype)
+        try:
+            return _answer({'appended': self._opened(name).append_many(messages)}, 201)
+        except DataError as exc:
+            raise bodies.placed(exc, places) from None
 
     def _opened(self, name: str) -> mb.Stream:
         with self._lock:
@@ -191,8 +195,10 @@ class _Views:
             letters = _found(name, self._app.url).dead_letters(group)
             return _answer({action: getattr(letters, action)()})
         name, group = [*id_.rsplit('/', 2)[:-1], '', ''][:2]
-        letters = _found(name, self._app.url).dead_letters(group)
-        for letter in letters:
+        found: Iterable[mb.DeadLetter] = ()
+        with suppress(ArgumentError):  # there is no such stream or group, or this is no id
+            found = mb.Stream.find(name, self._app.url).dead_letters(group)
+        for letter in found:
             if letter.id == id_:
                 getattr(letter, action)()
                 return _answer({action: 1})
@@ -238,6 +244,18 @@ def refusal(exc: Refused) -> Response:
     return _answer({'error': exc.reason}, exc.status, exc.headers)
 
 
+def not_routed(exc: HTTPException) -> Response | HTTPException:
+    """The answer to a request for which there is no endpoint; what a page of the user refuses is left to Flask."""
+    if exc is not request.routing_exception:
+        return exc
+    path, allowed = request.path[:400], ', '.join(sorted(getattr(exc, 'valid_methods', None) or ()))
+    if allowed:
+        said = _answer({'error': f'{path!r} takes {allowed}, not {request.method}'}, 405, {'Allow': allowed})
+    else:
+        said = _answer({'error': f'there is nothing at {path!r}; the dashboard is at /'}, 404)
+    return security.harden(said)
+
+
 def _on_error(exc: Exception) -> Response:
     """Every error as JSON, with what to do."""
     if isinstance(exc, Refused):
@@ -245,7 +263,8 @@ def _on_error(exc: Exception) -> Response:
     if isinstance(exc, HTTPException):
         return _answer({'error': exc.description}, exc.code or 500)
     if isinstance(exc, (ArgumentError, DataError)):
-        return _answer({'error': str(exc)}, 400)
+        written = getattr(exc, 'written', 0)  # more than 64 MB are not checked as one
+        return _answer({'error': str(exc), **({'written': written} if written else {})}, 400)
     if isinstance(exc, (ServerError, PyMongoError)):
         logger.warning('a request could not be answered: %s', exc)
         written = {name: getattr(exc, name, 0) for name in ('written', 'queued')}
