@@ -27,7 +27,7 @@ from servers import eventually, free_port
 
 import minibatch as mb
 
-QUIET = '--no-dashboard'
+QUIET = '--no-dashboard', '--dashboard-address', '127.0.0.1:0'  # else what is left of it listens to everybody
 
 
 @contextmanager
@@ -58,14 +58,14 @@ class Cluster:
         return (self.folder / 'dask.log').read_text(errors='replace')
 
     def start_scheduler(self) -> None:
-        self.scheduler = self._start('scheduler', '--host', '127.0.0.1', '--port', str(self.port), QUIET)
+        self.scheduler = self._start('scheduler', '--host', '127.0.0.1', '--port', str(self.port), *QUIET)
 
     def start_workers(self, count: int, *options: str, scheduler: str = '') -> None:
         """Start so many more, and wait until they are there."""
         to = scheduler or f'tcp://127.0.0.1:{self.port}'
         where = to, '--host', '127.0.0.1', '--local-directory', str(self.folder)
         for _ in range(count):
-            self.workers.append(self._start('worker', *where, '--nthreads', '1', '--no-nanny', QUIET, *options))
+            self.workers.append(self._start('worker', *where, '--nthreads', '1', '--no-nanny', *QUIET, *options))
         alive = sum(worker.poll() is None for worker in self.workers)
         with self.asked() as client:
             client.wait_for_workers(alive, timeout=60)
