@@ -17,7 +17,7 @@ import servers
 from dask.distributed import Client
 from processes import consumer, kill, prove_once, seen_count, started, terminate
 from pymongo import MongoClient
-from servers_dask import Cluster, Meter, local_cluster, nothing_left, tasks_of
+from servers_dask import Cluster, Meter, local_cluster, nothing_left
 
 import minibatch as mb
 from minibatch import clock, marshaller, store
