@@ -1,6 +1,10 @@
 """How Sphinx builds the documentation: make docs."""
 
 import importlib.metadata
+import os
+
+# autodoc looks at every attribute, also at those that ask a server, and none is to be started.
+os.environ['MINIBATCH_MONGO_URL'] = 'mongomock://localhost/docs'
 
 project = 'minibatch'
 release = importlib.metadata.version('minibatch')
