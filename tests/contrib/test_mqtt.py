@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import subprocess
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 
 import pytest
@@ -280,6 +282,31 @@ def test_a_wrong_password_is_said_and_not_shown(guarded, stream, protocol, caplo
     assert 'wrong' not in shown
     assert 'me@home' not in shown
     assert 'me%40home' not in shown
+
+
+@pytest.fixture
+def many_open_files():
+    """As many as select() cannot take: it ends at descriptor 1023."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    yield
+    for file in files:
+        os.close(file)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize('tls', [False, True])
+def test_both_work_in_a_process_with_many_open_files(tmp_path, stream, db, many_open_files, tls):
+    authority, own = certificates(tmp_path)
+    trusting = {'ca_certs': f'{authority}.crt'} if tls else {}
+    with (
+        Mosquitto(tmp_path, tls=(authority, own) if tls else None) as broker,
+        receiving(MQTTSource(broker.url, 'test', **trusting), stream, broker),
+        closing(MQTTSink(broker.url, 'test', **trusting)) as sink,
+    ):
+        sink.put([{'i': i} for i in range(2500)])
+        eventually(lambda: len(stored(db)) == 2500)
 
 
 # paho leaves the socket of a handshake that failed to the garbage collector.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import selectors
 import socket
 import ssl
 import threading
@@ -22,6 +23,7 @@ CONNECT_TIMEOUT = 5.0
 CLOSE_TIMEOUT = 5.0
 RECONNECT_PAUSES = (1, 60)
 BATCH_MESSAGES = 1000
+Selector = getattr(selectors, 'PollSelector', selectors.SelectSelector)
 REFUSED_PASSWORDS = ('Not authorized', 'Bad user name or password')
 
 
@@ -44,6 +46,36 @@ class Client(mqtt.Client):
 
     def ended(self, reason: str) -> None:
         """The thread of the client has ended."""
+
+    def _loop(self, timeout: float = 1.0) -> Any:
+        """What paho does by select(), which takes no descriptor above 1023, by poll() where there is one."""
+        connection = self.socket()
+        if connection is None:
+            return mqtt.MQTT_ERR_NO_CONN
+        try:
+            ready = self._wait(connection, timeout)
+        except (OSError, ValueError):  # another thread has just closed it
+            return mqtt.MQTT_ERR_CONN_LOST
+        if ready & selectors.EVENT_READ and (error := self.loop_read()):
+            return error
+        if ready & selectors.EVENT_WRITE and (error := self.loop_write()):
+            return error
+        return self.loop_misc()
+
+    def _wait(self, connection: Any, timeout: float) -> int:
+        """Wait until there is something to read, or to write, also from another thread."""
+        decrypted = isinstance(connection, ssl.SSLSocket) and connection.pending()
+        bell: Any = self._sockpairR
+        with Selector() as selector:
+            selector.register(connection, selectors.EVENT_READ | (self.want_write() and selectors.EVENT_WRITE))
+            selector.register(bell, selectors.EVENT_READ)
+            ready = {key.fileobj: events for key, events in selector.select(0 if decrypted else timeout)}
+        events: int = ready.get(connection, 0) | (selectors.EVENT_READ if decrypted else 0)
+        if bell in ready:
+            with suppress(BlockingIOError):
+                bell.recv(10_000)
+            events |= selectors.EVENT_WRITE
+        return events
 
     def close(self) -> None:
         """Send what waits to be sent, disconnect, and end the thread, also when the broker does not move."""
