@@ -9,10 +9,11 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
+from dataclasses import astuple
 from typing import Any
 
 import pytest
-from processes import FAULTS, HEADINGS, SEED, table
+from processes import FAULTS, HEADINGS, SEED, Row, table
 from pymongo.database import Database
 from servers import Mongod
 
@@ -25,6 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SERVER_FIXTURES & set(getattr(item, 'fixturenames', ())):
             item.add_marker(pytest.mark.integration)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of pytest-xdist leaves what it found to the one that prints."""
+    if hasattr(session.config, 'workeroutput'):
+        session.config.workeroutput['faults'] = [astuple(row) for row in FAULTS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    FAULTS.extend(Row(*cells) for cells in getattr(node, 'workeroutput', {}).get('faults', []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -42,8 +54,14 @@ def isolation() -> Iterator[None]:
                 patch.delenv(name)
         patch.setenv('MINIBATCH_HOME', home)
         yield
-        connection.disconnect()
         embedded.stop()
+
+
+@pytest.fixture(autouse=True)
+def disconnected() -> Iterator[None]:
+    """The connections of a test end with it: each holds descriptors, and threads which go on looking for its server."""
+    yield
+    connection.disconnect()
 
 
 @pytest.fixture(scope='session')
@@ -51,7 +69,6 @@ def mongod() -> Iterator[Mongod]:
     """A replica set of one, shared by the whole session: do not kill it, start your own."""
     with Mongod() as server:
         yield server
-        connection.disconnect()  # while it still answers
 
 
 @pytest.fixture(scope='session')
@@ -59,7 +76,6 @@ def standalone() -> Iterator[Mongod]:
     """A server without change streams and transactions."""
     with Mongod(replica_set=False) as server:
         yield server
-        connection.disconnect()
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ from minibatch import store
 from minibatch.window import WindowEmitter
 
 SCRIPTS = Path(__file__).parent / 'scripts'
-SEED = int(os.environ.get('FAULTS_SEED') or random.SystemRandom().randrange(10**6))  # of the random moments
+# Of the random moments; in the environment, so that all processes of a run have the same.
+SEED = int(os.environ.setdefault('FAULTS_SEED', str(random.SystemRandom().randrange(10**6))))
 
 
 @contextmanager
