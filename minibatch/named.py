@@ -163,6 +163,7 @@ class NamedProducer:
         for first, behind, _ in cuts([each.raw for each in messages], [each.meta for each in messages], 0):
             datas, meta, tokens = zip(*messages[first:behind], strict=True)
             times = [clock.now()] * len(datas)
+            _token_size(tokens[-1])  # which raises an error if it cannot be stored
             records.append(store.record_batch(self._stream, self.id, offset, datas, times, meta, tokens[-1]))
             offset += len(datas)
         self._write(records)
@@ -230,7 +231,6 @@ class NamedProducer:
             self._stream, len(new), messages[0].error[:200], self._stream + DEAD_LETTERS,
         )  # fmt: skip
 
-
     def _open_dead_letters(self) -> NamedProducer:
         if self._dead_letters is None:
             name = self._stream + DEAD_LETTERS
@@ -291,14 +291,17 @@ def _dead_letter(message: SourceMessage) -> _Encoded:
 def _encoded(data: Any, meta: Any, token: Any) -> _Encoded:
     """A message with its token; DataError if they cannot be stored together."""
     raw, frozen = encode_both(data, meta)
-    try:
-        size = len(bson.encode({'token': token}))
-    except Exception as exc:
-        raise ArgumentError(f'MongoDB cannot store the token {_text(token)[:200]}: {exc}') from None
-    size += len(raw) + (0 if frozen is None else len(frozen.raw))
-    if size > MAX_MESSAGE_BYTES:
+    size = len(raw) + (0 if frozen is None else len(frozen.raw))
+    if size > MAX_MESSAGE_BYTES // 2 and (size := size + _token_size(token)) > MAX_MESSAGE_BYTES:
         raise DataError(f'data, meta and token have {size:,} bytes, MongoDB stores at most {MAX_MESSAGE_BYTES:,}')
     return _Encoded(raw, frozen, token)
+
+
+def _token_size(token: Any) -> int:
+    try:
+        return len(bson.encode({'token': token}))
+    except Exception as exc:
+        raise ArgumentError(f'MongoDB cannot store the token {_text(token)[:200]}: {exc}') from None
 
 
 def _text(value: Any) -> str:

@@ -338,9 +338,11 @@ def test_a_message_whose_repr_fails_is_a_dead_letter(stream, db):
     assert db.buffer.find_one({'stream': 'test.dead_letters'})['data']['data'] == '<Mean>'
 
 
-def test_a_token_that_mongodb_cannot_store_is_named(stream):
+@pytest.mark.parametrize('error', ['', 'bad'])
+def test_a_token_that_mongodb_cannot_store_is_named_and_nothing_is_stored(stream, db, error):
     with pytest.raises(ArgumentError, match='cannot store the token'):
-        stream.producer(NAME).append({'i': 1}, token=object())
+        stream.producer(NAME).append_many([SourceMessage({'i': 1}), SourceMessage({'i': 2}, None, object(), error)])
+    assert stored(db) == []
 
 
 def test_what_is_bad_in_a_log_made_anew_is_a_dead_letter_again(stream, db):
