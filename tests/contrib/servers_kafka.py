@@ -9,7 +9,7 @@
 
 Tansu forgets everything when it ends, unless an S3 store keeps it: `Store` is one, in this process.
 It does not tell when an offset is out of range, leaves aborted transactions in, and its end offsets are wrong behind
-batches of many messages.
+batches of many messages. A group that all its members have left, the leader last, keeps this leader, and works no more.
 """
 from __future__ import annotations
 

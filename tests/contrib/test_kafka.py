@@ -570,9 +570,9 @@ def test_a_full_stream_holds_the_source_up_and_a_rebalance_meanwhile_does_no_har
     seen = []
     emitter = mb.make_emitter('test', lambda window: seen.extend(window.messages), url=url, size=100,
                               executor=InlineExecutor)
-    options = {'options': {'max_backlog': 300}, 'max_poll_interval_ms': 1000, 'max_poll_records': 200}
+    options = {'options': {'max_backlog': 300}, 'max_poll_records': 200}
     emitter._run_once()  # from now on the group waits for all there is
-    with reader(url, broker, topic, **options), reader(url, broker, topic, **options):
+    with reader(url, broker, topic, **options, max_poll_interval_ms=1000), reader(url, broker, topic, **options):
         arrived(db, 200)
         eventually(lambda: blocked_for(db, 5), 30)
         eventually(lambda: emitter._run_once() is not None and len(seen) == 2000, 120, 'not all arrived')
