@@ -38,7 +38,6 @@ except ImportError:
 
 from minibatch.connection import Target, target
 from minibatch.errors import ArgumentError
-from minibatch.models import check_name
 
 from .security import HOW_TO, Guard, Refused
 from .serving import Server
@@ -102,7 +101,7 @@ class StreamingApp:
         timeout: float = 10.0,
         url: str | None = None,
     ) -> None:
-        check_name('name', name)
+        _check_name(name)
         where = [option for option, value in {'url': url, 'uri': uri, 'on': on}.items() if value is not None]
         if len(where) > 1:
             raise ArgumentError(f'{" and ".join(where)} both say where MongoDB is; give one of them')
@@ -203,7 +202,7 @@ class StreamingApp:
         if not _takes_url(consumer):
             raise ArgumentError(f'consumer must take one argument, the URL, as consumer(url) does, not {consumer!r}')
         if name is not None:
-            check_name('name', name)
+            _check_name(name)
         name = name or str(getattr(consumer, '__name__', type(consumer).__name__))
         if os.getpid() != self._pid:
             self._consumers, self._pid = [], os.getpid()
@@ -314,6 +313,11 @@ class StreamingApp:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise ArgumentError(f'name must be a text that can be shown, and not empty, not {name!r}')
 
 
 def _takes_url(consumer: Callable[..., Any]) -> bool:
