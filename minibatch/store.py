@@ -105,8 +105,7 @@ def clear_stream(db: DB, name: str) -> int:
     """Delete messages, windows and dead letters of a stream; positions and numbers go on. Returns how many messages."""
     deleted = count_messages(db, name)
     for producer, end in log_ends(db, name).items():
-        if is_named(producer):
-            _see_and_keep_place(db, name, Span(producer, 0, end))
+        _keep_place(db, name, Span(producer, 0, end))
     for part in _indexed(name):
         db.buffer.delete_many(part)
     for ids in (id_prefix(f'{name}/'), {'_id': {'$type': 'objectId'}}):  # the others are of the older library
@@ -273,19 +272,22 @@ def save_place(db: DB, stream: str, producer: str, offset: int, token: Any) -> N
     _save_place(db, stream, producer, offset, token, older={'$lte': offset})
 
 
-def _see_and_keep_place(db: DB, stream: str, span: Span) -> None:
-    with db.client.start_session(causal_consistency=True) as session:
-        see_all(db, stream, session)
-        _keep_place(db, stream, span, session)
+def _keep_place(db: DB, stream: str, span: Span, session: ClientSession | None = None) -> None:
+    """Save where a named producer is, if its last record batch is about to be deleted with others of the span.
 
-
-def _keep_place(db: DB, stream: str, span: Span, session: ClientSession | None) -> None:
-    """Save where a named producer is, if its last record batch is about to be deleted with others of the span."""
-    if is_named(span.producer):
-        last = _last_record(db, stream, span.producer, session)
-        if last is not None and last['offset'] + last['n'] <= span.end:
-            end = last['offset'] + last['n']
-            _save_place(db, stream, span.producer, end, last.get('token'), older={'$lt': end})
+    A session must have written before, see `see_all`; without one it takes its own.
+    """
+    if not is_named(span.producer):
+        return
+    if session is None:
+        with db.client.start_session(causal_consistency=True) as session:
+            see_all(db, stream, session)
+            _keep_place(db, stream, span, session)
+        return
+    last = _last_record(db, stream, span.producer, session)
+    if last is not None and last['offset'] + last['n'] <= span.end:
+        end = last['offset'] + last['n']
+        _save_place(db, stream, span.producer, end, last.get('token'), older={'$lt': end})
 
 
 def _save_place(db: DB, stream: str, producer: str, offset: int, token: Any, older: Doc) -> None:
@@ -523,10 +525,10 @@ def delete_older(db: DB, stream: str, before: datetime) -> int:
             if times[-1].replace(tzinfo=before.tzinfo) >= before:
                 break
             upto = offset + n
-        if is_named(producer) and upto > start:
-            _see_and_keep_place(db, stream, Span(producer, start, upto))
-        db.buffer.delete_many(_log_range(stream, Span(producer, start, upto)))
-        deleted += upto - start
+        if upto > start:
+            _keep_place(db, stream, Span(producer, start, upto))
+            db.buffer.delete_many(_log_range(stream, Span(producer, start, upto)))
+            deleted += upto - start
     old = {'stream': stream, 'offset': None, 'created': {'$lt': before}}
     return deleted + db.buffer.delete_many(old).deleted_count
 
