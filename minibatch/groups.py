@@ -16,7 +16,7 @@ from .fields import stored_key
 from .lease import Lease
 from .messages import Message, MessageWindow, window_of
 from .metrics import Histogram, histogram
-from .store import Span
+from .store import DB, Span
 
 LEASE = 10.0
 CHUNK = 1000
@@ -84,26 +84,7 @@ class Group:
             ArgumentError: if the group was deleted.
         """
         db = self._target.majority
-        doc = _find(self._target, self.stream, self.name)
-        # In this order: what is finished meanwhile is counted as waiting rather than not at all.
-        finished = ledger.finished_spans(db, self.stream, self.name, int(doc['number']))
-        positions = ledger.read_positions(db, self.stream, self.name)
-        messages, oldest = 0, clock.aware(doc['now'])
-        for producer, end in store.log_ends(db, self.stream).items():
-            ahead = Span(producer, positions.get(producer, 0), end)
-            count, since = self._waiting(list(store.gaps(ahead, finished.get(producer, ()))))
-            messages += count
-            oldest = min(oldest, since or oldest)
-        return Lag(messages, (clock.aware(doc['now']) - oldest).total_seconds())
-
-    def _waiting(self, gaps: list[Span]) -> tuple[int, datetime | None]:
-        """How many messages of these spans of one producer are stored, and when the first one was created."""
-        for i, gap in enumerate(gaps):
-            for offset, _, times in store.read_times(self._target.majority, self.stream, gap, limit=1):
-                start = max(gap.start, offset)  # what is gone from a log is gone from its beginning
-                count = gap.end - start + sum(later.end - later.start for later in gaps[i + 1 :])
-                return count, clock.aware(times[start - offset])
-        return 0, None
+        return how_far(db, _find(self._target, self.stream, self.name)).lag(db, store.log_ends(db, self.stream))
 
     def reset(self, to: str | datetime) -> None:
         """Let the group go on from elsewhere in the log; what it was doing is given up. Dead letters stay.
@@ -290,12 +271,12 @@ class DeadLetters(list[DeadLetter]):
 
 def groups_of(target: Target, stream: str | None = None) -> list[Group]:
     """The consumer groups of a stream, or of all streams."""
-    return [_group(target, doc) for doc in ledger.groups_now(target.majority, stream)]
+    return [group_from(target, doc) for doc in ledger.groups_now(target.majority, stream)]
 
 
 def group_of(target: Target, stream: str, name: str) -> Group:
     """One consumer group; ArgumentError, naming those there are, if there is none of this name."""
-    return _group(target, _find(target, stream, name))
+    return group_from(target, _find(target, stream, name))
 
 
 def dead_letters(target: Target, stream: str | None = None, group: str | None = None) -> DeadLetters:
@@ -313,6 +294,50 @@ def dead_letters_by_id(target: Target, ids: Iterable[str]) -> DeadLetters:
     if unknown:
         raise _no_dead_letters(unknown)
     return found
+
+
+@dataclass(frozen=True)
+class HowFar:
+    """How far a group is in the logs: its document, the spans it has finished above its positions, and these."""
+
+    doc: dict[str, Any]
+    finished: dict[str, list[Span]]
+    positions: dict[str, int]
+
+    def lag(self, db: DB, ends: dict[str, int]) -> Lag:
+        """See `Group.lag`; `ends` are those of the logs, read after this was."""
+        messages, oldest = 0, clock.aware(self.doc['now'])
+        for producer, end in ends.items():
+            ahead = Span(producer, self.positions.get(producer, 0), end)
+            left = list(store.gaps(ahead, self.finished.get(producer, ())))
+            count, since = _waiting(db, self.doc['stream'], left)
+            messages += count
+            oldest = min(oldest, since or oldest)
+        return Lag(messages, (clock.aware(self.doc['now']) - oldest).total_seconds())
+
+    def appended(self, ends: dict[str, int]) -> int:
+        """How many messages were appended, as far as the group knows: also deleted ones, of producers long gone."""
+        known = self.positions.keys() | ends.keys()
+        reached = sum(max(self.positions.get(producer, 0), ends.get(producer, 0)) for producer in known)
+        return int(self.doc.get('forgotten', 0)) + reached
+
+
+def how_far(db: DB, doc: dict[str, Any]) -> HowFar:
+    """How far the group of this document is."""
+    stream, name = doc['stream'], doc['group']
+    # In this order: what is finished meanwhile is counted as waiting rather than not at all.
+    finished = ledger.finished_spans(db, stream, name, int(doc['number']))
+    return HowFar(doc, finished, ledger.read_positions(db, stream, name))
+
+
+def _waiting(db: DB, stream: str, gaps: list[Span]) -> tuple[int, datetime | None]:
+    """How many messages of these spans of one producer are stored, and when the first one was created."""
+    for i, gap in enumerate(gaps):
+        for offset, _, times in store.read_times(db, stream, gap, limit=1):
+            start = max(gap.start, offset)  # what is gone from a log is gone from its beginning
+            count = gap.end - start + sum(later.end - later.start for later in gaps[i + 1 :])
+            return count, clock.aware(times[start - offset])
+    return 0, None
 
 
 def dead_count(group: Group) -> int:
@@ -334,7 +359,8 @@ def _find(target: Target, stream: str, name: str) -> dict[str, Any]:
     return found[0]
 
 
-def _group(target: Target, doc: dict[str, Any]) -> Group:
+def group_from(target: Target, doc: dict[str, Any]) -> Group:
+    """The group of this document."""
     held = doc.get('lease', {}).get('expires', doc['now']) > doc['now']
     return Group(
         stream=doc['stream'],

@@ -487,18 +487,9 @@ def finished_spans(db: DB, stream: str, group: str, number: int) -> dict[str, li
     return spans
 
 
-def count_open(db: DB, stream: str, group: str) -> int:
-    """How many windows of a group are claimed and not finished."""
-    number = int((db.group.find_one({'_id': group_id(stream, group)}, {'number': 1}) or {'number': 0})['number'])
+def count_open(db: DB, stream: str, group: str, number: int) -> int:
+    """How many windows of a group after `number` are claimed and not finished."""
     return db.window.count_documents({**_windows(stream, group, number + 1), 'status': 'open'})
-
-
-def count_appended(db: DB, stream: str, group: str, ends: dict[str, int]) -> int:
-    """How many messages were appended, as far as a group knows: also those that are deleted, of producers long gone."""
-    doc = db.group.find_one({'_id': group_id(stream, group)}, {'forgotten': 1}) or {}
-    positions = read_positions(db, stream, group)
-    known = positions.keys() | ends.keys()
-    return int(doc.get('forgotten', 0)) + sum(max(positions.get(p, 0), ends.get(p, 0)) for p in known)
 
 
 def offsets_at(db: DB, stream: str, to: str | datetime) -> dict[str, int]:

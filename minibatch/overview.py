@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from typing import Any
 
 from . import groups, ledger, store
 from .connection import Target, target
-from .errors import ArgumentError
 from .groups import Group, Lag
 from .metrics import Histogram
 
-GROUP_FIELDS = (
-    'stream', 'name', 'windows', 'messages', 'failed', 'retried', 'late', 'expired', 'owner', 'stalled', 'keep',
-    'workers', 'committed', 'function', 'latency', 'sizes',
-)  # fmt: skip
+GROUP_FIELDS = [field.name for field in fields(Group) if field.name != '_target']
 
 
 @dataclass(frozen=True)
@@ -87,22 +82,23 @@ def status(url: str | None = None, stream: str | None = None) -> list[StreamStat
     where = target(url)
     where.check()
     names = store.stream_names(where.majority, 0) if stream is None else [stream]
-    found: dict[str, list[Group]] = {}
-    for group in groups.groups_of(where, stream):
-        found.setdefault(group.stream, []).append(group)
-    return [_status(where, name, found.get(name, [])) for name in names]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for doc in ledger.groups_now(where.majority, stream):
+        found.setdefault(doc['stream'], []).append(doc)
+    return [_status(where, name, found[name]) for name in names]
 
 
-def _status(where: Target, name: str, found: list[Group]) -> StreamStatus:
+def _status(where: Target, name: str, docs: list[dict[str, Any]]) -> StreamStatus:
     db = where.majority
-    listed = []
-    for group in found:
-        with suppress(ArgumentError):  # it was deleted just now
-            open_windows = ledger.count_open(db, name, group.name)
-            listed.append(GroupStatus(group, group.lag(), groups.dead_count(group), open_windows))
+    reached = [groups.how_far(db, doc) for doc in docs]
     ends, starts = store.log_ends(db, name), store.log_starts(db, name)
     stored = sum(end - starts.get(producer, end) for producer, end in ends.items())
-    appended = [ledger.count_appended(db, name, group.name, ends) for group in found]
+    appended = [each.appended(ends) for each in reached]
+    listed = []
+    for each in reached:
+        group = groups.group_from(where, each.doc)
+        in_flight = ledger.count_open(db, name, group.name, int(each.doc['number']))
+        listed.append(GroupStatus(group, each.lag(db, ends), groups.dead_count(group), in_flight))
     return StreamStatus(name, max([sum(ends.values()), *appended]), stored, listed)
 
 
