@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymongo.errors import PyMongoError
 
-from . import connection, executors, lease, ledger
+from . import connection, executors, lease, ledger, signals
 from .abc import Executor
 from .connection import is_passing
 from .errors import GroupConflictError, LeaseLostError
@@ -31,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 STAND_BY_PAUSE = 0.5
 CONNECTION_PAUSE = 1.0
-SAME_SIGNAL = 0.5  # a terminal and a wrapper may both pass on the same Ctrl-C
 
 
 class Consumer:
@@ -79,7 +76,7 @@ class Consumer:
 
     def run(self) -> None:
         """Process windows until told to stop."""
-        with self._signals(), self._executor():
+        with signals.handled(self._stop_soon, self._end_at_once), self._executor():
             while not self.should_stop():
                 try:
                     planner = self._lead()
@@ -169,30 +166,12 @@ class Consumer:
             self.limit = Limit(self.emitter.timeout, folder)
             yield
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C stop the loop after what is in flight; the second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    def _stop_soon(self) -> None:
+        """Stop the loop after what is in flight."""
+        self.emitter._stop = True
+        self.wake()
 
-        first = 0.0
-
-        def stop(number: int, frame: Any) -> None:
-            nonlocal first
-            first = first or time.monotonic()
-            if time.monotonic() - first > SAME_SIGNAL:
-                for each in before:
-                    signal.signal(each, signal.SIG_IGN)
-                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-            self.emitter._stop = True
-            self.wake()
-
-        for number in before:
-            signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _end_at_once(self, number: int) -> None:
+        for each in signals.NUMBERS:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

@@ -8,7 +8,6 @@ which numbers it saw.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -25,7 +24,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from . import embedded
+from . import embedded, signals
 from .api import make_emitter, stream
 from .clock import now
 from .connection import URL_VARIABLES, Target, masked, target
@@ -211,7 +210,7 @@ class Demo:
 
     def run(self) -> int:
         """Stream for a while, drain, and sum up; 1 if messages were lost or something failed."""
-        with self._signals():
+        with signals.handled(self._interrupt, lambda number: self._interrupt()):
             where = self._connect()
             remove_old_runs(where)
             began = now()
@@ -275,22 +274,11 @@ class Demo:
         while not done() and time.monotonic() < deadline and not self._interrupted.wait(SHOW_PAUSE):
             show()
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end what is waited for, and the demo if nothing was streamed yet."""
-
-        def interrupt(*_: object) -> None:
-            self._interrupted.set()
-            if not self._streaming:
-                raise KeyboardInterrupt
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, interrupt) for number in numbers]
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
+    def _interrupt(self) -> None:
+        """End what is waited for, and the demo if nothing was streamed yet."""
+        self._interrupted.set()
+        if not self._streaming:
+            raise KeyboardInterrupt
 
     # --- what is seen
 

@@ -17,7 +17,7 @@ from servers import eventually
 import minibatch as mb
 from minibatch import api
 from minibatch.cli import main
-from minibatch.cli.service import SAME_SIGNAL
+from minibatch.signals import SAME_SIGNAL
 
 ROOT = str(Path(mb.__file__).parent.parent)
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import signal
 import sys
 import threading
-import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +16,7 @@ from typing import Any
 
 import cloudpickle
 
+from .. import signals
 from ..api import collecting
 from ..errors import ArgumentError, MinibatchError
 from ..marshaller import name_of
@@ -26,7 +24,6 @@ from ..window import WindowEmitter
 
 logger = logging.getLogger('minibatch.run')
 
-SAME_SIGNAL = 0.5  # a terminal and a wrapper may both pass on the same Ctrl-C
 PAUSE = 0.5
 
 
@@ -125,7 +122,7 @@ class Service:
             threading.Thread(target=self._consume, args=(emitter,), name=f'minibatch-{emitter.name}', daemon=True)
             for emitter in self._emitters
         ]
-        with self._signals():
+        with signals.handled(self._stop_soon, self._end_at_once):
             for thread in threads:
                 thread.start()
             while any(thread.is_alive() for thread in threads) and not self._ending.wait(PAUSE):
@@ -148,26 +145,13 @@ class Service:
         else:
             logger.info('%s: stopped', describe(emitter))
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first signal stops the consumers, the second one ends the process."""
-        first = 0.0
+    def _stop_soon(self) -> None:
+        if not self._ending.is_set():
+            logger.info('stopping; what is in flight is finished first')
+        self._ending.set()
 
-        def stop(number: int, frame: Any) -> None:
-            nonlocal first
-            if first and time.monotonic() - first > SAME_SIGNAL:
-                # As if killed, which loses nothing: the workers notice, and the next consumer does these windows again.
-                logger.warning('ended at once; what was in flight will be done again')
-                sys.stdout.flush()
-                os._exit(128 + number)
-            if not first:
-                logger.info('stopping; what is in flight is finished first')
-            first = first or time.monotonic()
-            self._ending.set()
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _end_at_once(self, number: int) -> None:
+        """As if killed, which loses nothing: the workers notice, and the next consumer does these windows again."""
+        logger.warning('ended at once; what was in flight will be done again')
+        sys.stdout.flush()
+        os._exit(128 + number)
