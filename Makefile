@@ -2,6 +2,7 @@
 # Needs GNU make 3.81 or later and Python 3.10 or later: make PYTHON=python3.12 demo
 
 PYTHON ?= python3
+JOBS ?= 4
 PIP = .venv/bin/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -9,7 +10,7 @@ PIP = .venv/bin/python -m pip --quiet --disable-pip-version-check
 
 help:
 	@echo 'make demo      a live stream of this machine through windows, on a MongoDB of its own (15 seconds)'
-	@echo 'make test      all tests'
+	@echo 'make test      all tests, in several processes (JOBS=4)'
 	@echo 'make soak      producers and consumers under random faults, and a proof (MINUTES=1)'
 	@echo 'make lint      ruff, mypy, and checks of Dockerfile and docker-compose.yml'
 	@echo 'make services  the system packages the tests need (Debian and Ubuntu, as root)'
@@ -21,7 +22,7 @@ demo: .venv/.demo
 	@.venv/bin/minibatch demo
 
 test: .venv/.dev
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 soak: .venv/.dev
 	@.venv/bin/python tests/soak.py --minutes $(or $(MINUTES),1)

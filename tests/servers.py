@@ -46,7 +46,7 @@ def missing(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-def eventually(condition: Callable[[], T], timeout: float = 20, message: str = '') -> T:
+def eventually(condition: Callable[[], T], timeout: float = 60, message: str = '') -> T:
     """Poll until the condition is true and return its value, or fail after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
