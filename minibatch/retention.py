@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
@@ -29,15 +29,6 @@ DEAD_KEPT = timedelta(days=30)
 MAX_DEAD = 10_000
 
 
-class Counts(dict[str, float]):
-    """Numbers by name, which are added up."""
-
-    def add(self, counts: Mapping[str, float]) -> None:
-        """Add each number to the one of the same name."""
-        for name, count in counts.items():
-            self[name] = self.get(name, 0) + count
-
-
 class Follower:
     """Writes how far a consumer group is, then deletes what is behind it, in a thread.
 
@@ -52,7 +43,7 @@ class Follower:
         self._moved: dict[str, int] = {}
         self._number = self._written_number = self._deleted_number = 0
         self._marks: dict[str, datetime] = {}
-        self._counts: Counts = Counts()
+        self._counts: Counter[str] = Counter()
         self._positions: dict[str, int] = {}
         self._cleaned: dict[str, int] = {}
         self._newly_cleaned: dict[str, int] = {}
@@ -67,10 +58,10 @@ class Follower:
         """These positions were written before, and what is behind them was cleaned up so far."""
         self._positions, self._cleaned = positions.copy(), cleaned.copy()
 
-    def count(self, **counts: float) -> None:
+    def count(self, **counts: Any) -> None:
         """Add to the counters of the group."""
         with self._changed:
-            self._counts.add(counts)
+            self._counts.update(counts)
 
     def is_due(self) -> bool:
         """Whether enough time has passed since the last `follow`."""
@@ -121,13 +112,13 @@ class Follower:
                     break
                 moved, self._moved = self._moved, {}
                 number, marks = self._number, self._marks
-                counts, self._counts = self._counts, Counts()
+                counts, self._counts = self._counts, Counter()
                 self._busy = True
             error: Exception | None = None
             try:
                 with self._target.client.start_session(causal_consistency=True) as session:
                     self._write(moved, number, marks, counts, session)
-                    self._written_number, moved, counts = number, {}, Counts()
+                    self._written_number, moved, counts = number, {}, Counter()
                     self._retain(number, session)
             except Exception as exc:  # whatever it is, `follow` must not wait for ever
                 error = exc
@@ -136,7 +127,7 @@ class Follower:
                 self._busy, self._error = False, error
                 if error is not None:
                     self._moved = {**moved, **self._moved}
-                    self._counts.add(counts)
+                    self._counts.update(counts)
                 self._changed.notify_all()
                 if error is not None and not isinstance(error, PyMongoError):
                     return
@@ -146,7 +137,7 @@ class Follower:
             self._note_cleaned()
 
     def _write(
-        self, moved: dict[str, int], number: int, marks: dict[str, datetime], counts: Counts,
+        self, moved: dict[str, int], number: int, marks: dict[str, datetime], counts: Counter[str],
         session: ClientSession,
     ) -> None:  # fmt: skip
         db = self._target.majority

@@ -6,18 +6,21 @@ A test which uses a server, by the name of a fixture, gets the marker `integrati
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from processes import FAULTS, HEADINGS, SEED, Row, table
 from pymongo.database import Database
 from servers import Mongod
 
 from minibatch import connection, embedded
+from minibatch.cli import main
 
 SERVER_FIXTURES = {'mongod', 'standalone', 'url', 'db', 'standalone_url', 'home'}
 
@@ -94,6 +97,24 @@ def standalone_url(standalone: Mongod) -> Iterator[str]:
 def db(mongod: Mongod, url: str) -> Database[dict[str, Any]]:
     """The database of `url`, as pymongo sees it."""
     return mongod.client[_name(url)]
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Random moments; the seed is printed when a test fails."""
+    print(f'FAULTS_SEED={SEED}')
+    return random.Random(f'{SEED} {request.node.name}')
+
+
+@pytest.fixture
+def run(url: str) -> Callable[..., tuple[int, str, str]]:
+    """Run a command of `minibatch` on a database, with some input; its exit code, stdout and stderr."""
+
+    def run(words: str, given: bytes = b'') -> tuple[int, str, str]:
+        result = CliRunner().invoke(main, [*words.split(), '--url', url], input=given)
+        return result.exit_code, result.stdout, result.stderr
+
+    return run
 
 
 def _fresh(server: Mongod) -> Iterator[str]:

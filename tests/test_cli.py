@@ -174,13 +174,7 @@ def stream(url):
 
 
 @pytest.fixture
-def run(url, stream):
-    """Run a command on the database of `stream`; its exit code, stdout and stderr."""
-
-    def run(words):
-        result = CliRunner().invoke(main, [*words.split(), '--url', url])
-        return result.exit_code, result.stdout, result.stderr
-
+def run(run, stream):
     return run
 
 

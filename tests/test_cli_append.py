@@ -10,22 +10,10 @@ from datetime import datetime
 
 import psutil
 import pytest
-from click.testing import CliRunner
 from servers import Proxy, eventually
 
 import minibatch as mb
-from minibatch.cli import main, reading
-
-
-@pytest.fixture
-def run(url):
-    """Run a command on a database, with some input; its exit code, stdout and stderr."""
-
-    def run(words, given=b''):
-        result = CliRunner().invoke(main, [*words.split(), '--url', url], input=given)
-        return result.exit_code, result.stdout, result.stderr
-
-    return run
+from minibatch.cli import reading
 
 
 def stored(url, name='s'):

@@ -25,7 +25,7 @@ def stream(url):
     mb.stream('a', url=url).append({})
     stream = mb.stream('raw/s', url=url)
     stream.append_many({'v': v} for v in range(20))
-    mb.make_emitter('raw/s', fails, size=5, url=url, executor=Inline(), max_attempts=1).run(blocking=False)
+    mb.make_emitter('raw/s', fails, size=5, url=url, executor='inline', max_attempts=1).run(blocking=False)
     return stream
 
 
@@ -34,25 +34,8 @@ def fails(window):
         raise ValueError('on purpose')
 
 
-class Inline:
-    """An executor in this thread."""
-
-    def submit(self, fn):
-        from concurrent.futures import Future
-
-        future = Future()
-        future.set_result(fn())
-        return future
-
-
 @pytest.fixture
-def run(url, stream):
-    """Run a command on the database of `stream`; its exit code, stdout and stderr."""
-
-    def run(words):
-        result = CliRunner().invoke(main, [*words.split(), '--url', url])
-        return result.exit_code, result.stdout, result.stderr
-
+def run(run, stream):
     return run
 
 

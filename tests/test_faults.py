@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 import signal
 import subprocess
 import threading
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 from processes import (
     SCRIPTS,
-    SEED,
     History,
     Seen,
     appended,
@@ -51,13 +49,6 @@ from minibatch.testing import InlineExecutor
 # Every write of the consumer's loop. The first death leaves a lease behind, as the fence needs one to be called.
 WRITES = ('claim_windows', 'take_lease', 'fence', 'adopt_windows', 'commit_windows', 'commit_with', 'write_positions',
           'write_progress', 'delete_windows', 'delete_records', 'renew_lease')
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> random.Random:
-    """Random moments; the seed is printed when a test fails."""
-    print(f'FAULTS_SEED={SEED}')
-    return random.Random(f'{SEED} {request.node.name}')
 
 
 @pytest.fixture

@@ -1,18 +1,40 @@
 """What tests of several outside systems need."""
 
 import gc
-import warnings
+import logging
+from warnings import catch_warnings, simplefilter
 
 import pytest
 from webs import TOKEN
+
+import minibatch as mb
+
+
+@pytest.fixture
+def stream(url):
+    with mb.stream('test', url=url) as stream:
+        yield stream
+
+
+@pytest.fixture
+def things(db):
+    """A collection that is read, which is in the database of the stream."""
+    return db.things
+
+
+@pytest.fixture
+def warnings(caplog):
+    """What sources and sinks have warned of."""
+    caplog.set_level(logging.WARNING, logger='minibatch')
+    return lambda: [record.getMessage() for record in caplog.records if 'contrib' in record.name]
 
 
 @pytest.fixture
 def collected():
     """kafka-python leaves sockets whose connection failed to the garbage collector; it is not to meet other tests."""
     yield
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', ResourceWarning)
+    with catch_warnings():
+        simplefilter('ignore', ResourceWarning)
         gc.collect()
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import re
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from bson import ObjectId
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import OffsetOutOfRangeError
 from kafka.serializer import JsonSerializer
-from processes import FAULTS, SEED, Row, is_stopped, running
+from processes import FAULTS, Row, is_stopped, running
 from servers import eventually, free_port
 from servers_kafka import Broker
 
@@ -49,19 +48,6 @@ def topic(broker):
     name = f'topic-{uuid.uuid4().hex[:8]}'
     broker.create(name)
     return name
-
-
-@pytest.fixture
-def stream(url):
-    with mb.stream('test', url=url) as stream:
-        yield stream
-
-
-@pytest.fixture
-def rng(request):
-    """Random moments; the seed is printed when a test fails."""
-    print(f'FAULTS_SEED={SEED}')
-    return random.Random(f'{SEED} {request.node.name}')
 
 
 def source(broker, topic, **configs):

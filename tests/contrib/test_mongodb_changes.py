@@ -1,7 +1,6 @@
 """MongoReplicasetSource on a real replica set: what its messages say, and how it goes on when that is not simple."""
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -19,18 +18,6 @@ import minibatch as mb
 from minibatch.contracts import SourceContract
 from minibatch.contrib.mongodb import MongoReplicasetSource, changes
 from minibatch.errors import ArgumentError
-
-
-@pytest.fixture
-def things(db):
-    """The collection that is followed, which is in the database of the stream."""
-    return db.things
-
-
-@pytest.fixture
-def warnings(caplog):
-    caplog.set_level(logging.WARNING, logger='minibatch')
-    return lambda: [record.getMessage() for record in caplog.records if 'contrib' in record.name]
 
 
 def place(db):

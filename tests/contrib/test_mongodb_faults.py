@@ -22,12 +22,6 @@ from minibatch.contrib.mongodb import MongoReplicasetSource, MongoSource
 # --- malformed documents
 
 
-@pytest.fixture
-def things(db):
-    """The collection that is read, which is in the database of the stream."""
-    return db.things
-
-
 def nested(levels):
     doc = {}
     for _ in range(levels):

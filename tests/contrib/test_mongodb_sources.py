@@ -1,7 +1,6 @@
 """MongoSource on a real MongoDB: what it brings, in which order, and what it passes over."""
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -19,18 +18,6 @@ import minibatch as mb
 from minibatch.contracts import SourceContract
 from minibatch.contrib.mongodb import MongoReplicasetSource, MongoSource, ids, polling
 from minibatch.errors import ArgumentError
-
-
-@pytest.fixture
-def things(db):
-    """The collection that is read, which is in the database of the stream."""
-    return db.things
-
-
-@pytest.fixture
-def warnings(caplog):
-    caplog.set_level(logging.WARNING, logger='minibatch')
-    return lambda: [record.getMessage() for record in caplog.records if 'contrib' in record.name]
 
 
 class TestMongoSource(SourceContract):

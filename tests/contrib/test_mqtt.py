@@ -32,12 +32,6 @@ def broker(tmp_path):
         yield broker
 
 
-@pytest.fixture
-def stream(url):
-    with mb.stream('test', url=url) as stream:
-        yield stream
-
-
 def arriving(monkeypatch):
     """The messages that a source was handed by the thread of its client."""
     messages, put = [], subscribers.HandOver.put

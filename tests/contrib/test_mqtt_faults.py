@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 import subprocess
 import threading
@@ -10,7 +9,7 @@ import time
 
 import pytest
 from paho.mqtt import client as paho
-from processes import FAULTS, SCRIPTS, SEED, Row, compare, running
+from processes import FAULTS, SCRIPTS, Row, compare, running
 from servers import eventually
 from servers_mqtt import Mosquitto, flood, numbers, publish
 from test_mqtt import arriving, receiving, stored
@@ -29,19 +28,6 @@ TOTAL = [{'$group': {'_id': None, 'n': {'$sum': '$n'}}}]
 def broker(tmp_path):
     with Mosquitto(tmp_path) as broker:
         yield broker
-
-
-@pytest.fixture
-def stream(url):
-    with mb.stream('test', url=url) as stream:
-        yield stream
-
-
-@pytest.fixture
-def rng(request):
-    """Random moments; the seed is printed when a test fails."""
-    print(f'FAULTS_SEED={SEED}')
-    return random.Random(f'{SEED} {request.node.name}')
 
 
 def source(url, broker, kill=None, **options):
