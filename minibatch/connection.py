@@ -69,6 +69,7 @@ _clients: dict[tuple[Any, ...], MongoClient[dict[str, Any]]] = {}
 _inherited: list[Any] = []
 _default: Target | None = None
 _first: Target | None = None
+_sent: ContextVar[tuple[Target | None] | None] = ContextVar('minibatch_sent', default=None)
 _using: ContextVar[Target | None] = ContextVar('minibatch_using', default=None)
 _using_stream: ContextVar[str | None] = ContextVar('minibatch_using_stream', default=None)
 
@@ -143,9 +144,10 @@ def target(url: str | None = None, dbname: str | None = None, **options: Any) ->
     `url`, else what `connectdb` connected to, else MINIBATCH_MONGO_URL, else MONGO_URL, else the embedded MongoDB,
     which is started if need be. The name of the database is `dbname`, else the URL's, else ``minibatch``.
     """
-    if url is None and _default is not None:
-        merged = {**dict(_default.options), **options}
-        return Target(_default.url, dbname or _default.dbname, _hashable(merged))
+    default = chosen()
+    if url is None and default is not None:
+        merged = {**dict(default.options), **options}
+        return Target(default.url, dbname or default.dbname, _hashable(merged))
     url = url or next((os.environ[name] for name in URL_VARIABLES if os.environ.get(name)), None) or embedded.url()
     if not isinstance(url, str) or not re.match(r'(mongodb(\+srv)?|mongomock)://', url):
         raise ArgumentError(f'url must start with mongodb:// or mongodb+srv://, not {masked(str(url))[:80]!r}')
@@ -173,13 +175,18 @@ def _hashable(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 def chosen() -> Target | None:
     """What `connectdb` connected to, if it did."""
-    return _default
+    sent = _sent.get()
+    return _default if sent is None else sent[0]
 
 
 def choose(default: Target | None) -> None:
-    """Mean this database wherever no URL is given; for workers, which mean what their parent means."""
+    """Mean this database wherever no URL is given; for workers, which mean what their parent means.
+
+    A worker whose threads serve several parents means another one in each.
+    """
     global _default
     _default = default
+    _sent.set((default,))
 
 
 def leave_quickly() -> None:
@@ -196,7 +203,7 @@ def leave_quickly() -> None:
 
 def current() -> Target:
     """The database of models: that of `using`, else `connectdb`'s, else the first one opened, else see `target`."""
-    return _using.get() or _default or _first or target()
+    return _using.get() or chosen() or _first or target()
 
 
 @contextmanager
@@ -243,15 +250,18 @@ def connectdb(
     global _default
     if authSource is not None:
         options['authSource'] = authSource
-    chosen = target(url, dbname, **options)
-    chosen.check()
+    found = target(url, dbname, **options)
+    found.check()
     mongoengine.disconnect(alias)
     mongoengine.register_connection(
-        alias, name=chosen.dbname, mongo_client_class=lambda **_: chosen.client, uuidRepresentation='standard'
+        alias, name=found.dbname, mongo_client_class=lambda **_: found.client, uuidRepresentation='standard'
     )
     if alias == DEFAULT_ALIAS:
-        _default = chosen
-    return chosen.client[chosen.dbname]
+        if _sent.get() is None:
+            _default = found
+        else:
+            choose(found)
+    return found.client[found.dbname]
 
 
 def is_client_option(name: str) -> bool:
@@ -264,6 +274,7 @@ def disconnect() -> None:
     global _default, _first
     with _lock:
         _default = _first = None
+        _sent.set(None)
         for client in _clients.values():
             with pymongo.timeout(CLOSE_TIMEOUT):  # else it looks for a server that is gone, to end its sessions there
                 client.close()

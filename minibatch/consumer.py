@@ -61,9 +61,11 @@ class Consumer:
     def at_once(self) -> int:
         """How many tasks the executor is given at once."""
         most: int | None = getattr(self.executor, 'workers', None)  # see `minibatch.abc.BoundedExecutor`
-        if most is None:
+        if most is not None:
+            return min(2 * most, self.emitter.max_workers or 2 * most)
+        if self.emitter.executor is None or executors.takes_workers(self.emitter.executor):
             return 2 * self._workers
-        return min(2 * most, self.emitter.max_workers or 2 * most)
+        return self.emitter.max_workers or 2 * self._workers  # it may run all that it is given at once
 
     def wake(self, item: Any = None) -> None:
         """Make the loop look at once; `item` is a task with its completion, or nothing."""

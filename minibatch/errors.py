@@ -56,6 +56,10 @@ class UnknownFunctionError(MinibatchError):
     """This worker does not have the function of a task; it must be sent with it."""
 
 
+class WorkersError(MinibatchError):
+    """The workers of an executor are not fit for what they are given, or there are none."""
+
+
 class WindowFailedError(MinibatchError):
     """A window has failed max_attempts times, and on_error='stop' ends the consumer."""
 

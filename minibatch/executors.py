@@ -57,6 +57,11 @@ def resolve(given: Any) -> Any:
     return given
 
 
+def takes_workers(given: Any) -> bool:
+    """Whether it is made for a number of workers, and itself runs no more at once."""
+    return isinstance(given, type) and 'max_workers' in inspect.signature(given).parameters
+
+
 @contextmanager
 def opened(given: Any, workers: int) -> Iterator[Executor]:
     """The executor of a class, an address or an instance; closed at the end if it was made here."""
@@ -66,8 +71,7 @@ def opened(given: Any, workers: int) -> Iterator[Executor]:
     if isinstance(given, str):
         executor = _class_of(given)(given)
     else:
-        takes_workers = 'max_workers' in inspect.signature(given).parameters
-        executor = given(max_workers=workers) if takes_workers else given()
+        executor = given(max_workers=workers) if takes_workers(given) else given()
     try:
         yield executor
     finally:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import clock, dead, ledger, store
 from .connection import using
 from .delivery import Delivery
-from .errors import LeaseLostError, PortabilityError
+from .errors import LeaseLostError, PortabilityError, WorkersError
 from .lease import Adoption, Lease
 from .marshaller import Portable
 from .models import Buffer, Stream
@@ -48,6 +48,7 @@ TASK_MESSAGES = 20_000
 CLAIM_WINDOWS = 1000
 MAX_OPEN = 5000
 STOP_TIMEOUT = 30.0
+WORKERS_TIMEOUT = 60.0
 
 
 class Planner:
@@ -143,6 +144,7 @@ class Planner:
         self._look(now)
         tried: set[int] = set()
         while True:
+            self._wait_for_workers()
             self._take_replays()
             planned = self._plan(now)
             self._dispatch(tried)
@@ -156,6 +158,14 @@ class Planner:
                     tried.discard(number)  # its worker died; once more, alone
         self._follow(wait=True)
         return self.delivery.committed
+
+    def _wait_for_workers(self) -> None:
+        deadline = time.monotonic() + WORKERS_TIMEOUT
+        while not (self.consumer.at_once or self._in_flight):
+            if time.monotonic() > deadline:
+                executor = self.consumer.executor
+                raise WorkersError(f'{executor!r} has had no workers for {WORKERS_TIMEOUT:g} s; start some')
+            self.consumer.wait(TICK)
 
     def _turn(self) -> bool:
         """One round of the loop; returns whether there was anything to do."""
@@ -492,8 +502,21 @@ class Planner:
         for outcome in outcomes:
             self._dispatched.discard(outcome.number)
             if outcome.missing:
+                self._see_that_it_is_gone(outcome)
                 self._begun.difference_update(span.producer for span in self.progress.open[outcome.number].spans)
         return self.delivery.settle(outcomes) or bool(outcomes)
+
+    def _see_that_it_is_gone(self, outcome: Outcome) -> None:
+        """What a worker did not find must not be here either, else it has read another MongoDB."""
+        spans = self.progress.open[outcome.number].spans
+        if outcome.host:
+            stored = sum(store.count_stored(self.target.majority, self.name, span) for span in spans)
+            found = sum(span.end - span.start for span in spans) - outcome.missing
+            if stored > found:
+                raise WorkersError(
+                    f'a worker on {outcome.host} does not find {stored - found} messages of stream {self.name!r} that '
+                    f'are stored: {self.target!r} is another MongoDB there. Use a URL that means the same everywhere'
+                )
 
     def _outcomes(self, task: Task, completion: Any) -> list[Outcome]:
         alone, self._alone = self._alone is not None, None

@@ -374,6 +374,14 @@ def read_records(db: DB, stream: str, span: Span, session: ClientSession | None 
     return found
 
 
+def count_stored(db: DB, stream: str, span: Span) -> int:
+    """How many messages of a span are stored."""
+    fields = {'_id': 0, 'offset': 1, 'n': 1}
+    around = _record_around(db, stream, span.producer, span.start, fields)
+    found = db.buffer.find(_log_range(stream, span), fields).sort('offset', 1)
+    return sum(end - first for _, first, end in trim(span, chain([around] if around is not None else [], found)))
+
+
 class Records:
     """The record batches that hold the messages of many spans, each stretch of a producer's log read once."""
 

@@ -6,6 +6,7 @@ import copy
 import faulthandler
 import os
 import pickle
+import platform
 import re
 import signal
 import sys
@@ -83,6 +84,7 @@ class Outcome:
     lost: bool = False  # its worker died, for whatever reason
     skipped: bool = False
     missing: int = 0
+    host: str = ''  # of the other process, maybe on another machine, that did not find the missing ones
     seconds: float = 0.0
     in_function: float = 0.0  # of these seconds
     newest: datetime | None = None  # when its newest message was created
@@ -190,7 +192,7 @@ class Task:
         if window.missing and not len(window):
             if work.replay:
                 return _failure(work, DataError('the copies of its messages are gone'), by_function=True)
-            return Outcome(work.number, skipped=True, missing=window.missing)
+            return Outcome(work.number, skipped=True, missing=window.missing, host=self._host)
         loaded = time.perf_counter()
         try:
             with self.limit.on(work.number) if self.limit is not None else nullcontext():
@@ -201,9 +203,14 @@ class Task:
             return _failure(work, exc, by_function=True)
         ended = time.perf_counter()
         return Outcome(
-            work.number, result, pickled=self._pickles, missing=window.missing, seconds=ended - started,
-            in_function=ended - loaded, newest=window.newest,
+            work.number, result, pickled=self._pickles, missing=window.missing,
+            host=self._host if window.missing else '', seconds=ended - started, in_function=ended - loaded,
+            newest=window.newest,
         )  # fmt: skip
+
+    @property
+    def _host(self) -> str:
+        return platform.node() if self.remote else ''
 
     @property
     def _pickles(self) -> bool:

@@ -3,16 +3,21 @@
 import os
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from servers import eventually
 
-from minibatch import clock, ledger, store
+import minibatch as mb
+from minibatch import clock, connection, ledger, store
 from minibatch.connection import Target
+from minibatch.errors import WorkersError
+from minibatch.executors import InlineExecutor
 from minibatch.marshaller import Portable
 from minibatch.models import Window
 from minibatch.producer import encode
 from minibatch.store import Span
+from minibatch.testing import ListSink
 from minibatch.worker import Pool, Task, Work
 
 
@@ -176,3 +181,100 @@ def test_workers_have_ended_when_the_pool_is_closed(target):
     with Pool(2, None) as pool:
         pid = pool.submit(os.getpid).result()
     eventually(lambda: not psutil.pid_exists(pid), message='the worker lives on')
+
+
+class Abroad(InlineExecutor):
+    """Its workers find another database at the same address, as those of another machine may at localhost."""
+
+    def submit(self, fn):
+        task = pickle.loads(pickle.dumps(fn))
+        task.target = Target(task.target.url, task.target.dbname + '_abroad')
+        return super().submit(task)
+
+
+@pytest.mark.parametrize('there', [None, 5])
+def test_a_worker_that_reads_another_mongodb_ends_its_consumer_and_no_message_is_lost(url, db, there):
+    elsewhere = db.client[f'{db.name}_abroad']
+    stream = mb.stream('s', url=url)
+    stream.append_many({'v': v} for v in range(10))
+    if there:
+        mb.stream('s', url=url.replace(db.name, elsewhere.name)).append_many({'v': v} for v in range(there))
+        elsewhere.buffer.update_many({}, {'$set': {'producer': db.buffer.find_one()['producer']}})
+    emitter = mb.make_emitter('s', len, stream=stream, size=10, executor=Abroad())
+    with pytest.raises(WorkersError, match=r'does not find (5|10) messages .* is another MongoDB there'):
+        emitter.run(blocking=False)
+    db.client.drop_database(elsewhere)
+    assert not stream.group().expired
+    seen = []
+    mb.make_emitter('s', lambda window: seen.extend(window.data), stream=stream, size=10, executor='inline').run(
+        blocking=False
+    )
+    assert seen == [{'v': v} for v in range(10)]
+
+
+def test_each_thread_of_a_worker_means_the_database_of_the_consumer_that_it_works_for(target):
+    begun, go = threading.Event(), threading.Event()
+    there = Target(target.url, 'another')
+
+    def first(window):
+        begun.set()
+        assert go.wait(20)
+        return connection.target().dbname
+
+    def sent(default, fn):
+        task = Task(target, 's', Portable(fn), [work(1, ('a', 0, 10))], True)
+        task.default, task.remote = default, True
+        return task
+
+    with ThreadPoolExecutor(2) as threads:
+        one = threads.submit(sent(target, first))
+        assert begun.wait(20)
+        two = threads.submit(sent(there, lambda window: connection.target().dbname)).result()
+        go.set()
+        assert [outcome.value for outcome in [*one.result(), *two]] == [target.dbname, 'another']
+
+
+def test_an_executor_of_ones_own_is_given_no_more_than_workers_says(url):
+    stream, lock, at_work, most = mb.stream('s', url=url), threading.Lock(), [], []
+    stream.append_many({'v': v} for v in range(100))
+
+    def fn(window):
+        with lock:
+            at_work.append(window.number)
+            most.append(len(at_work))
+        at_work.remove(window.number)
+        return window.data[0]['v']
+
+    sink = ListSink()
+    with ThreadPoolExecutor(4) as threads:
+        mb.make_emitter('s', fn, stream=stream, size=1, executor=threads, workers=1, sink=sink).run(blocking=False)
+    assert max(most) == 1
+    assert sink == list(range(100))
+
+
+class Arriving(InlineExecutor):
+    """Its workers come when it was asked for them a few times."""
+
+    def __init__(self, asked):
+        self.asked = asked
+
+    @property
+    def workers(self):
+        self.asked -= 1
+        return int(self.asked < 0)
+
+
+def test_one_run_waits_for_workers_that_are_about_to_come(url):
+    stream, sink = mb.stream('s', url=url), ListSink()
+    stream.append_many({'v': v} for v in range(10))
+    emitter = mb.make_emitter('s', len, stream=stream, size=5, executor=Arriving(3), sink=sink)
+    emitter.run(blocking=False)
+    assert sink == [5, 5]
+
+
+def test_one_run_without_any_worker_says_so(url, monkeypatch):
+    monkeypatch.setattr('minibatch.planner.WORKERS_TIMEOUT', 0.3)
+    stream = mb.stream('s', url=url)
+    stream.append({'v': 0})
+    with pytest.raises(WorkersError, match=r'has had no workers for 0\.3 s'):
+        mb.make_emitter('s', len, stream=stream, size=1, executor=Arriving(10**9)).run(blocking=False)
