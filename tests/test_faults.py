@@ -46,8 +46,9 @@ from minibatch import ledger
 from minibatch.contrib.mongodb import MongoSink
 from minibatch.testing import InlineExecutor
 
+COMMIT_ONCE = 'commit_with or commit_all_with'  # of one window, or of as many as are done by now
 # Every write of the consumer's loop. The first death leaves a lease behind, as the fence needs one to be called.
-WRITES = ('claim_windows', 'take_lease', 'fence', 'adopt_windows', 'commit_windows', 'commit_with', 'write_positions',
+WRITES = ('claim_windows', 'take_lease', 'fence', 'adopt_windows', 'commit_windows', COMMIT_ONCE, 'write_positions',
           'write_progress', 'delete_windows', 'delete_records', 'renew_lease')
 
 
@@ -95,9 +96,9 @@ def test_a_consumer_killed_at_any_write_of_its_loop_loses_nothing(url, db, strea
     for name in WRITES:
         appended(stream, 0, end, end + 100)
         end += 100
-        options = {'once': name == 'commit_with', 'size': 10, 'workers': 1, 'lease': 0.4}
+        options = {'once': name == COMMIT_ONCE, 'size': 10, 'workers': 1, 'lease': 1.5}
         with consumer(url, 'faults', interrupt=('SIGKILL', when, name, 1), **options) as process:
-            assert process.wait(20) == -signal.SIGKILL, f'not killed {when} {name}'
+            assert process.wait(60) == -signal.SIGKILL, f'not killed {when} {name}'
     with consumer(url, 'faults', size=10, workers=1) as process:
         done(process, db, end)
         terminate(process)
@@ -113,7 +114,7 @@ def test_a_consumer_which_picks_messages_loses_nothing_when_it_is_killed_at_a_wr
             appended(stream, 0, end, end + 40)
             end += 40
             with consumer(url, 'faults', interrupt=('SIGKILL', when, name, 1), **options) as process:
-                assert process.wait(20) == -signal.SIGKILL, f'not killed {when} {name}'
+                assert process.wait(60) == -signal.SIGKILL, f'not killed {when} {name}'
     with consumer(url, 'faults', **options) as process:
         eventually(lambda: seen_count(db) == end // 2, message=f'{end // 2} messages not all seen')
         eventually(lambda: db.buffer.count_documents({}) == end // 2)
@@ -124,12 +125,12 @@ def test_a_consumer_which_picks_messages_loses_nothing_when_it_is_killed_at_a_wr
 
 @pytest.mark.parametrize(('when', 'name'), [
     ('before', 'claim_windows'), ('after', 'claim_windows'), ('before', 'commit_windows'), ('after', 'commit_windows'),
-    ('before', 'write_positions'), ('before', 'write_progress'), ('before', 'delete_records'), ('after', 'commit_with'),
+    ('before', 'write_positions'), ('before', 'write_progress'), ('before', 'delete_records'), ('after', COMMIT_ONCE),
 ])
 def test_a_planner_stopped_at_a_write_changes_nothing_when_it_wakes(url, db, stream, when, name):
     history = History(db)
     appended(stream, 0, 0, 400)
-    options = {'once': name == 'commit_with', 'size': 10, 'workers': 1, 'lease': 0.6}
+    options = {'once': name == COMMIT_ONCE, 'size': 10, 'workers': 1, 'lease': 1.5}
     with consumer(url, 'faults', work=0.02, interrupt=('SIGSTOP', when, name, 2), **options) as zombie:
         eventually(lambda: is_stopped(zombie))
         assert seen_count(db) < 400
@@ -143,7 +144,7 @@ def test_a_planner_stopped_at_a_write_changes_nothing_when_it_wakes(url, db, str
             assert owner_of(db, 'faults') == successor.pid
             terminate(successor)
     prove_windows(db, {0: 500})
-    if name == 'commit_with':
+    if name == COMMIT_ONCE:
         prove_once(db, 'planner stopped inside a transaction', {0: 500})
     history.prove()
 

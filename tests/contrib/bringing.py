@@ -48,7 +48,7 @@ def numbers(db, name='test'):
 def await_numbers(db, wanted, name='test'):
     """Wait until all of them are there, and see that nothing is there twice; returns them in their order."""
     wanted = set(wanted)
-    eventually(lambda: wanted <= set(numbers(db, name)), 30)
+    eventually(lambda: wanted <= set(numbers(db, name)))
     found = numbers(db, name)
     assert Counter(found) == Counter(wanted), f'seed {SEED}'
     return found

@@ -5,7 +5,7 @@ collection `seen`, and its messages go to the collection `once` through an exact
 the results in `seen`), `work` (seconds which the function takes), `say` (whether it prints the id of its window),
 `trouble` (what it does at which messages, {'raise', 'exit' or 'hold': [seq, ...]}), `clock` (seconds by which the
 clock of this process is wrong), `picks` (whether an emitter of its own picks the messages), and `interrupt`, [signal,
-before or after, a function of ledger or store, which call]: there it sends itself that signal.
+before or after, a function of ledger or store (or several, with " or "), which call]: there it sends itself the signal.
 """
 import ctypes
 import itertools
@@ -80,9 +80,15 @@ class EvenInOrder(mb.window.WindowEmitter):
         return picked
 
 
-def interrupt(number, when, name, call):
+def interrupt(number, when, names, call):
+    calls = itertools.count(1)
+    for name in names.split(' or '):
+        interrupt_at(number, when, name, call, calls)
+
+
+def interrupt_at(number, when, name, call, calls):
     module = next(module for module in (ledger, store, dead) if hasattr(module, name))
-    original, calls = getattr(module, name), itertools.count(1)
+    original = getattr(module, name)
 
     def interrupted(*args, **kwargs):
         mine = args[-1] != {} and next(calls) == call  # what has nothing to write is no write

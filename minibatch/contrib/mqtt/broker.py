@@ -6,6 +6,7 @@ import selectors
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -21,6 +22,7 @@ from minibatch.errors import ArgumentError
 PROTOCOLS = {'3.1.1': mqtt.MQTTv311, '5': mqtt.MQTTv5}
 CONNECT_TIMEOUT = 5.0
 CLOSE_TIMEOUT = 5.0
+LAST_WORDS_TIMEOUT = 2.0
 RECONNECT_PAUSES = (1, 60)
 BATCH_MESSAGES = 1000
 Selector = getattr(selectors, 'PollSelector', selectors.SelectSelector)
@@ -33,6 +35,8 @@ class Client(mqtt.Client):
     def __init__(self, **options: Any) -> None:
         super().__init__(CallbackAPIVersion.VERSION2, **options)
         self._ended = threading.Event()
+        self._closing = False
+        self.on_socket_close = self._let_it_be_read
 
     def loop_forever(self, *args: Any, **options: Any) -> Any:
         reason = 'its thread has ended'
@@ -62,6 +66,19 @@ class Client(mqtt.Client):
             return error
         return self.loop_misc()
 
+    def _let_it_be_read(self, client: Any, data: Any, connection: Any) -> None:
+        """Wait until the broker has closed its end.
+
+        If ours is closed with something unread, what the broker has not read yet is lost, acknowledgements among it.
+        """
+        until = time.monotonic() + LAST_WORDS_TIMEOUT
+        with suppress(OSError):
+            if self._closing:
+                connection.shutdown(socket.SHUT_WR)
+                connection.settimeout(LAST_WORDS_TIMEOUT)
+                while connection.recv(1 << 16) and time.monotonic() < until:
+                    pass
+
     def _wait(self, connection: Any, timeout: float) -> int:
         """Wait until there is something to read, or to write, also from another thread."""
         decrypted = isinstance(connection, ssl.SSLSocket) and connection.pending()
@@ -79,6 +96,7 @@ class Client(mqtt.Client):
 
     def close(self) -> None:
         """Send what waits to be sent, disconnect, and end the thread, also when the broker does not move."""
+        self._closing = True
         self.disconnect()
         if not self._ended.wait(CLOSE_TIMEOUT):
             with suppress(OSError, AttributeError):
