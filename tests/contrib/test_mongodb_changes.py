@@ -347,6 +347,7 @@ def test_lost_history_is_reported_and_all_documents_are_brought_again(url, db, f
 @pytest.mark.integration
 def test_a_position_of_another_server_is_history_that_is_lost(url, db, things, forgetful, warnings):
     with running(MongoReplicasetSource(forgetful.client.elsewhere.things, name='mine'), url):
+        started(db)
         forgetful.client.elsewhere.things.insert_one({'i': 0})
         await_numbers(db, [0])
     things.insert_many([{'i': i} for i in range(1, 10)])
