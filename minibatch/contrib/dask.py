@@ -33,6 +33,7 @@ from minibatch.errors import ArgumentError, UnknownFunctionError
 try:
     from dask.distributed import Client, Scheduler
     from distributed.scheduler import KilledWorker
+    from tornado.ioloop import IOLoop
 except ImportError as exc:
     raise ImportError('the executor for Dask needs the package distributed: pip install minibatch[dask]') from exc
 
@@ -96,6 +97,7 @@ class DaskExecutor:
         self.resources, self.direct, self._security = dict(resources or {}), direct, security
         self._lock = threading.RLock()
         self._events: SimpleQueue[Callable[[], Any]] = SimpleQueue()
+        self._loop: _Loop | None = None
         self._client: Any = None
         self._hosts: dict[str, _Host] = {}
         self._waiting: list[_Run] = []
@@ -139,8 +141,6 @@ class DaskExecutor:
         if self._thread is not None:
             self._events.put(lambda: None)
             self._thread.join(CLOSE_TIMEOUT)
-        if self._client is not None:
-            self._client.close(timeout=CLOSE_TIMEOUT)
 
     # --- connecting
 
@@ -149,41 +149,64 @@ class DaskExecutor:
             if self._closed:
                 raise RuntimeError(f'{self!r} is shut down')
             if self._thread is None:
-                self._connect()
-                self._look()
+                self._loop = _Loop()
+                try:
+                    self._connect()
+                    self._look()
+                except BaseException:
+                    self._disconnect()
+                    raise
                 self._thread = threading.Thread(target=self._tend, name='minibatch-dask', daemon=True)
                 self._thread.start()
 
     def _connect(self) -> None:
         try:
             self._client = cast(Any, Client)(
-                self.address, name='minibatch', set_as_default=False, timeout=CONNECT_TIMEOUT, security=self._security
-            )
+                self.address, name='minibatch', set_as_default=False, timeout=CONNECT_TIMEOUT, security=self._security,
+                loop=cast(_Loop, self._loop).loop,
+            )  # fmt: skip
         except OSError as exc:
             raise ConnectionError(f'no Dask scheduler answers at {self.address}: {exc}') from exc
 
+    def _disconnect(self) -> None:
+        if self._client is not None:
+            with suppress(Exception):
+                self._client.close(timeout=CLOSE_TIMEOUT)
+        cast(_Loop, self._loop).stop()
+
     def _tend(self) -> None:
-        """Do what events ask for, and look at the cluster now and then."""
+        """Do what events ask for, and look at the cluster now and then, until shutdown."""
         look_at = 0.0
-        while not self._closed:
-            if time.monotonic() >= look_at:
-                self._tend_connection()
-                look_at = time.monotonic() + LOOK_PAUSE
-            with suppress(Empty):
-                self._events.get(timeout=max(look_at - time.monotonic(), 0))()
+        try:
+            while not self._closed:
+                if time.monotonic() >= look_at:
+                    self._tend_connection()
+                    look_at = time.monotonic() + LOOK_PAUSE
+                with suppress(Empty):
+                    self._do(self._events.get(timeout=max(look_at - time.monotonic(), 0)))
+        finally:
+            self._disconnect()
+
+    def _do(self, event: Callable[[], Any]) -> None:
+        try:
+            event()
+        except Exception:  # without this thread everything would wait for ever
+            logger.exception('%r: an event was not taken in', self)
 
     def _tend_connection(self) -> None:
         try:
             if self._client.status == 'closed':  # it has given up
                 self._connect()
-            self._look()
-        except (OSError, asyncio.TimeoutError) as exc:
+            if not self._closed:
+                self._look()
+        except Exception as exc:
             if not self._warned:
-                logger.warning('waiting for the Dask scheduler at %s: %s', self.address, exc)
+                expected = isinstance(exc, (OSError, asyncio.TimeoutError))
+                logger.warning('waiting for the Dask scheduler at %s: %r', self.address, exc, exc_info=not expected)
             self._away = self._warned = True
 
     def _look(self) -> None:
-        """See which workers there are, and listen to what becomes of each."""
+        """See which workers there are, and listen to what becomes of them."""
         client = self._client
         if client.status != 'running':
             raise ConnectionError('the connection is lost')
@@ -192,12 +215,12 @@ class DaskExecutor:
             another = found['id'] != self._scheduler
             if another or self._away:
                 logger.info('connected to the Dask scheduler at %s', self.address)
-            for address, worker in found['workers'].items():
-                if address not in self._hosts or another or self._away:
-                    client.subscribe_topic(address, partial(self._hear, address))
-                host = self._hosts.setdefault(address, _Host(address))
-                host.threads, host.missing = self._threads_of(worker), False
             self._scheduler, self._away, self._warned = found['id'], False, False
+            for address, worker in found['workers'].items():
+                host = self._hosts.setdefault(address, _Host(address))
+                if host.heard_on is not client.scheduler_comm:
+                    client.subscribe_topic(address, partial(self._hear, address))
+                host.threads, host.missing, host.heard_on = self._threads_of(worker), False, client.scheduler_comm
             for host in [host for address, host in self._hosts.items() if address not in found['workers']]:
                 if host.missing or another:
                     self._removed(host.address, expected=another)
@@ -292,6 +315,8 @@ class DaskExecutor:
             self._refill()
         for run in [] if expected else runs:
             _settle(run.set_exception, WorkerLostError(f'the Dask worker {address} died'))
+        with suppress(Exception):  # a client that is new or closed has not subscribed
+            self._client.unsubscribe_topic(address)
 
     def _take_back(self, run: _Run) -> _Host:
         """Let Dask forget a task, and drop it if it has not begun."""
@@ -316,8 +341,31 @@ class _Host:
     address: str
     threads: int = 0
     missing: bool = False
+    heard_on: Any = None  # the connection on which its events are subscribed to
     runs: set[_Run] = field(default_factory=set)
     known: set[str] = field(default_factory=set)
+
+
+class _Loop(threading.Thread):
+    """The event loop of one client after the other: a client that makes its own leaves it behind when it fails."""
+
+    def __init__(self) -> None:
+        super().__init__(name='minibatch-dask-loop', daemon=True)
+        self._ready: Future[IOLoop] = Future()
+        self.start()
+        self.loop = self._ready.result()
+
+    def run(self) -> None:
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._end = asyncio.Event()
+        self._ready.set_result(IOLoop.current())
+        await self._end.wait()
+
+    def stop(self) -> None:
+        self.loop.add_callback(self._end.set)
+        self.join(CLOSE_TIMEOUT)
 
 
 class _Run(Future[Any]):

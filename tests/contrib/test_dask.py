@@ -12,6 +12,7 @@ from functools import partial
 
 import bson
 import cloudpickle
+import psutil
 import pytest
 import servers
 from dask.distributed import Client
@@ -115,9 +116,11 @@ def test_a_timeout_is_refused_beside_dask():
 
 def test_a_scheduler_that_is_not_there_is_an_error_with_its_address(stream, monkeypatch):
     monkeypatch.setattr('minibatch.contrib.dask.CONNECT_TIMEOUT', 0.5)
+    before = threads_of_clients()
     emitter = mb.make_emitter('s', len, stream=stream, size=1, executor='dask://127.0.0.1:1')
     with pytest.raises(ConnectionError, match=r'no Dask scheduler answers at tcp://127\.0\.0\.1:1:'):
         emitter.run(blocking=False)
+    assert threads_of_clients() == before
 
 
 def test_without_distributed_it_says_what_to_install():
@@ -373,6 +376,69 @@ def test_a_connection_that_is_lost_costs_no_attempt_and_makes_nobody_suspect(str
     assert 'a worker was lost' not in caplog.text
 
 
+@pytest.fixture
+def clients(monkeypatch):
+    """The clients that executors have begun to make; each waits for the event `may_connect`."""
+    made = Made()
+
+    class Counted(Client):
+        def __init__(self, *args, **options):
+            made.begun += 1
+            assert made.may_connect.wait(60)
+            super().__init__(*args, **{**options, 'timeout': made.timeout})
+            made.append(self)
+
+    monkeypatch.setattr('minibatch.contrib.dask.Client', Counted)
+    monkeypatch.setattr('minibatch.contrib.dask.LOOK_PAUSE', 0.1)
+    return made
+
+
+class Made(list):
+    def __init__(self):
+        self.begun, self.timeout, self.may_connect = 0, 2.0, threading.Event()
+        self.may_connect.set()
+
+
+def threads_of_clients():
+    return {thread for thread in threading.enumerate() if thread.name.startswith(('IO loop', 'minibatch-dask'))}
+
+
+@pytest.fixture
+def orphan(cluster, clients):
+    """An executor whose scheduler has been killed."""
+    with cluster.asked():
+        executor = DaskExecutor(cluster.address)
+        assert executor.workers == 0
+    cluster.scheduler.kill()
+    cluster.scheduler.wait()
+    clients.timeout = 0.2
+    yield executor
+    executor.shutdown()
+
+
+def test_an_outage_of_the_scheduler_uses_up_neither_threads_nor_descriptors(orphan, clients):
+    eventually(lambda: clients.begun > 2)
+    threads, descriptors = threading.active_count(), psutil.Process().num_fds()
+    eventually(lambda: clients.begun > 10)
+    assert threading.active_count() < threads + 4
+    assert psutil.Process().num_fds() < descriptors + 8
+
+
+def test_a_client_that_connects_after_shutdown_is_closed(orphan, cluster, clients, monkeypatch):
+    monkeypatch.setattr('minibatch.contrib.dask.CLOSE_TIMEOUT', 0.5)
+    clients.may_connect.clear()
+    begun = clients.begun
+    eventually(lambda: clients.begun > begun)
+    orphan.shutdown()
+    cluster.start_scheduler()
+    with cluster.asked():
+        clients.timeout = 60
+        clients.may_connect.set()
+        eventually(lambda: len(clients) == 2)
+    eventually(lambda: [client.status for client in clients] == ['closed', 'closed'])
+    eventually(lambda: 'minibatch-dask' not in {thread.name for thread in threading.enumerate()})
+
+
 # --- faults: what is killed with -9
 
 
@@ -447,9 +513,10 @@ def test_a_consumer_that_is_interrupted_leaves_no_task(running, db, cluster):
 
 
 def test_shutdown_cancels_what_has_not_come_back(executor, client):
-    before = set(threading.enumerate())
+    before = threads_of_clients()
     done = [executor.submit(Sleep(0.2)) for _ in range(20)]
+    assert threads_of_clients() - before
     executor.shutdown()
     assert all(completion.cancelled() for completion in done)
+    assert threads_of_clients() == before
     nothing_left(client)
-    assert not [thread for thread in set(threading.enumerate()) - before if thread.name == 'minibatch-dask']
