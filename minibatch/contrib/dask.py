@@ -250,17 +250,27 @@ class DaskExecutor:
             self._waiting.append(run)
             return
         host = min(free, key=lambda host: len(host.runs) / host.threads)
+        try:
+            run.sent = self._send(run, host)
+        except Exception as exc:
+            if self._client.status == 'running':
+                _settle(run.set_exception, exc)  # it cannot be pickled
+            else:
+                self._waiting.append(run)
+            return
+        run.host = host
+        host.runs.add(run)
+        self._client.loop.add_callback(self._collect, run, run.sent)
+
+    def _send(self, run: _Run, host: _Host) -> Any:
         if isinstance(run.fn, RemoteTask):
             data = run.fn.packed(with_function=run.fn.digest not in host.known)
         else:
             data = cloudpickle.dumps(run.fn)
-        run.sent = self._client.submit(
+        return self._client.submit(
             _Parcel(data), key=f'minibatch-{uuid.uuid4().hex}', pure=False, retries=0, workers=[host.address],
             allow_other_workers=False, resources=self.resources or None,
         )  # fmt: skip
-        run.host = host
-        host.runs.add(run)
-        self._client.loop.add_callback(self._collect, run, run.sent)
 
     def _refill(self) -> None:
         waiting, self._waiting = self._waiting, []

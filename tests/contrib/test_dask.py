@@ -277,6 +277,15 @@ def test_a_function_that_workers_cannot_load_ends_the_consumer(stream, executor,
     assert stream.target.db.window.find_one()['attempts'] == 1
 
 
+def test_a_function_that_cannot_be_sent_fails_alone_also_after_it_has_waited(executor):
+    lock = threading.Lock()
+    busy = [executor.submit(Sleep(0.2)) for _ in range(8)]
+    refused = executor.submit(partial(Sleep, lock))
+    others = [executor.submit(Pid()) for _ in range(4)]
+    assert isinstance(refused.exception(60), TypeError)
+    assert all(completion.result(60) for completion in busy + others)
+
+
 def completion_error(completion):
     with pytest.raises(Exception) as raised:  # noqa: PT011
         completion.result()
