@@ -4,13 +4,14 @@
 
     mb.streaming('measurements', fn, size=1000, executor='dask://scheduler:8786')
 
-The workers, and the scheduler, need minibatch and what the function imports, and the workers reach MongoDB at the URL
-of the consumer.
+The workers need minibatch and what the function imports, and reach MongoDB at the URL of the consumer. The scheduler needs
+neither.
 """
 
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import pickle
 import threading
@@ -28,7 +29,7 @@ from typing import Any, cast
 import cloudpickle
 
 from minibatch.abc import Completion, RemoteTask
-from minibatch.errors import ArgumentError, UnknownFunctionError
+from minibatch.errors import ArgumentError, PortabilityError, UnknownFunctionError
 
 try:
     from dask.distributed import Client, Scheduler
@@ -267,9 +268,11 @@ class DaskExecutor:
             data = run.fn.packed(with_function=run.fn.digest not in host.known)
         else:
             data = cloudpickle.dumps(run.fn)
+        # Dask unpickles, shows and logs a file and a function of the standard library, and nothing of what is in the
+        # file: where minibatch is missing the task fails; a worker would end if it could not read what it is told.
         return self._client.submit(
-            _Parcel(data), key=f'minibatch-{uuid.uuid4().hex}', pure=False, retries=0, workers=[host.address],
-            allow_other_workers=False, resources=self.resources or None,
+            pickle.load, io.BytesIO(pickle.dumps(_Call(data))), key=f'minibatch-{uuid.uuid4().hex}', pure=False,
+            retries=0, workers=[host.address], allow_other_workers=False, resources=self.resources or None,
         )  # fmt: skip
 
     def _refill(self) -> None:
@@ -305,14 +308,14 @@ class DaskExecutor:
         with self._lock:
             if run.sent is not sent:
                 return
-            host = self._take_back(run)
             raised = sent.status == 'error'  # by the task; or else the connection was lost before its result was here
+            host = self._take_back(run)
             if isinstance(exc, (CancelledError, OSError, asyncio.TimeoutError)) and not raised:
                 self._away = True
                 self._waiting.append(run)
                 return
             self._refill()
-        _settle(run.set_exception, WorkerLostError(f'{host.address} died') if isinstance(exc, KilledWorker) else exc)
+        _settle(run.set_exception, _reason(run, host, exc))
 
     def _removed(self, address: str, expected: bool) -> None:
         """A worker is gone: what it had has failed, unless that was by intent, or with its scheduler."""
@@ -392,24 +395,37 @@ class _Run(Future[Any]):
         return super().cancel()
 
 
-class _Parcel:
-    """A task on its way. Dask logs and shows what it runs, and this says nothing of what is in it.
-
-    Called on the worker it returns whether the worker knows the function, and what the task returned.
-    """
+class _Call:
+    """A call of `_perform`: whoever unpickles it does it, and gets what that returns."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
 
-    def __call__(self) -> tuple[bool, Any]:
-        try:
-            task = pickle.loads(self.data)  # noqa: S301  (from the consumer)
-        except UnknownFunctionError:
-            return False, None
-        return True, task()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _perform, (self.data,)
 
-    def __repr__(self) -> str:
-        return 'minibatch'
+
+def _perform(data: bytes) -> tuple[bool, Any]:
+    """Run a task, on a worker; returns whether the worker knows the function, and what the task returned."""
+    try:
+        task = pickle.loads(data)  # noqa: S301  (from the consumer)
+    except UnknownFunctionError:
+        return False, None
+    return True, task()
+
+
+def _reason(run: _Run, host: _Host, exc: Exception) -> Exception:
+    """What a task has failed of, for which Dask says `exc`."""
+    if isinstance(exc, KilledWorker):
+        return WorkerLostError(f'{host.address} died')
+    if isinstance(exc, PortabilityError) or not isinstance(run.fn, RemoteTask):
+        return exc
+    error = PortabilityError(  # for a remote task returns what its function has raised
+        f'a task cannot run on the Dask worker {host.address}: {type(exc).__name__}: {" ".join(str(exc).split())}. '
+        f'Install minibatch, and what the function imports, on all workers, in the same versions as here.'
+    )
+    error.__cause__ = exc
+    return error
 
 
 def _settle(settle: Callable[[Any], None], outcome: Any) -> None:

@@ -44,6 +44,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
+        self.path = str(Path(mb.__file__).parent.parent)  # where what is started finds minibatch
         self.scheduler: subprocess.Popen[bytes] | None = None
         self.workers: list[subprocess.Popen[bytes]] = []
         self.client: Client | None = None
@@ -80,7 +81,7 @@ class Cluster:
         with open(self.folder / 'dask.log', 'ab') as log:
             return subprocess.Popen(
                 [sys.executable, '-m', f'distributed.cli.dask_{what}', *options], stdout=log, stderr=log,
-                stdin=subprocess.DEVNULL, env={**os.environ, 'PYTHONPATH': str(Path(mb.__file__).parent.parent)},
+                stdin=subprocess.DEVNULL, env={**os.environ, 'PYTHONPATH': self.path}, cwd=self.folder,
             )  # fmt: skip
 
     def __enter__(self) -> Cluster:

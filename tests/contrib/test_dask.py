@@ -1,5 +1,6 @@
 """Dask as executor: on a LocalCluster of two processes, and on a scheduler and workers that are killed."""
 
+import asyncio
 import os
 import pickle
 import signal
@@ -277,6 +278,40 @@ def test_a_function_that_workers_cannot_load_ends_the_consumer(stream, executor,
     assert stream.target.db.window.find_one()['attempts'] == 1
 
 
+@pytest.fixture
+def without(tmp_path):
+    """A PYTHONPATH on which minibatch is not found."""
+    folder = tmp_path / 'without'
+    folder.mkdir()
+    (folder / 'minibatch.py').write_text('raise ImportError("this is not minibatch")')
+    return str(folder)
+
+
+def test_a_worker_without_minibatch_ends_the_consumer_which_says_what_to_install(stream, cluster, without, caplog):
+    cluster.path = without
+    cluster.start_workers(1)
+    stream.append_many({'i': i} for i in range(10))
+    with pytest.raises(PortabilityError, match='this is not minibatch. Install minibatch, and what the function impo'):
+        mb.make_emitter('s', len, stream=stream, size=1, executor=cluster.address).run(blocking=False)
+    assert {window['status'] for window in stream.target.db.window.find()} == {'open'}
+    assert 'a worker was lost' not in caplog.text
+
+
+@pytest.mark.parametrize('direct', [True, False])
+def test_a_scheduler_needs_no_minibatch(direct, stream, cluster, without):
+    path, cluster.path = cluster.path, without
+    cluster.scheduler.kill()
+    cluster.scheduler.wait()
+    cluster.start_scheduler()
+    cluster.path = path
+    cluster.start_workers(1)
+    executor, sink = DaskExecutor(cluster.address, direct=direct), ListSink()
+    stream.append_many({'i': i} for i in range(10))
+    mb.make_emitter('s', len, stream=stream, size=1, sink=sink, executor=executor).run(blocking=False)
+    assert sink == [1] * 10
+    executor.shutdown()
+
+
 def test_a_function_that_cannot_be_sent_fails_alone_also_after_it_has_waited(executor):
     lock = threading.Lock()
     busy = [executor.submit(Sleep(0.2)) for _ in range(8)]
@@ -284,6 +319,19 @@ def test_a_function_that_cannot_be_sent_fails_alone_also_after_it_has_waited(exe
     others = [executor.submit(Pid()) for _ in range(4)]
     assert isinstance(refused.exception(60), TypeError)
     assert all(completion.result(60) for completion in busy + others)
+
+
+def test_what_is_raised_like_the_loss_of_a_connection_is_no_loss(executor, monkeypatch):
+    take_back = DaskExecutor._take_back
+
+    def thoroughly(executor, run):
+        client = run.sent.client
+        taken = take_back(executor, run)
+        client.sync(asyncio.sleep, 0)  # it has let go of the task
+        return taken
+
+    monkeypatch.setattr(DaskExecutor, '_take_back', thoroughly)
+    assert isinstance(executor.submit(partial(open, '/nowhere')).exception(30), FileNotFoundError)
 
 
 def completion_error(completion):
