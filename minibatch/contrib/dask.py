@@ -4,8 +4,8 @@
 
     mb.streaming('measurements', fn, size=1000, executor='dask://scheduler:8786')
 
-The workers need minibatch and what the function imports, and reach MongoDB at the URL of the consumer. The scheduler needs
-neither.
+The workers need minibatch and what the function imports, and reach MongoDB at the URL of the consumer. The scheduler
+needs neither.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 AHEAD = 2  # tasks for each thread of a worker, so that it has the next one when it is done
 LOOK_PAUSE = 1.0
+LOSS_PAUSE = 0.5  # a scheduler that ends may tell of its workers before, and answer for a moment
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 5.0
 ALL = {'n_workers': -1} if 'n_workers' in signature(Scheduler.identity).parameters else {}
@@ -60,7 +61,8 @@ class DaskExecutor:
 
     So Dask runs no task a second time, whatever ``allowed-failures`` says: what a worker had when it died has failed,
     and minibatch decides what that means. Its windows are run again one by one, and only one whose worker dies again
-    counts as failed, see ``max_attempts``. What a worker had that was retired goes to another one.
+    counts as failed, see ``max_attempts``. What a worker had that was retired goes to another one; one that is ended by
+    a signal has died, also of SIGTERM, so end workers with ``client.retire_workers()``, or give them a ``--lifetime``.
 
     Without the scheduler tasks wait: when it is back, or a new one is at its address, they are sent again. A function
     may then be called twice for a window, as after any crash; its result is used once. When the consumer dies, the
@@ -102,6 +104,7 @@ class DaskExecutor:
         self._client: Any = None
         self._hosts: dict[str, _Host] = {}
         self._waiting: list[_Run] = []
+        self._losses: list[_Loss] = []
         self._thread: threading.Thread | None = None
         self._scheduler = ''  # the id of the one that is connected
         self._away = self._warned = self._closed = False
@@ -136,7 +139,8 @@ class DaskExecutor:
         """Drop what has not begun, and close the connection. What has begun comes to its end, for nothing."""
         with self._lock:
             self._closed = True
-            runs = [*self._waiting, *(run for host in self._hosts.values() for run in host.runs)]
+            holders: list[_Host | _Loss] = [*self._hosts.values(), *self._losses]
+            runs = self._waiting + [run for holder in holders for run in holder.runs]
         for run in runs:
             run.cancel()
         if self._thread is not None:
@@ -208,7 +212,7 @@ class DaskExecutor:
 
     def _look(self) -> None:
         """See which workers there are, and listen to what becomes of them."""
-        client = self._client
+        client, began = self._client, time.monotonic()
         if client.status != 'running':
             raise ConnectionError('the connection is lost')
         found = client.sync(client.scheduler.identity, **ALL, callback_timeout=CONNECT_TIMEOUT)
@@ -226,6 +230,7 @@ class DaskExecutor:
                 if host.missing or another:
                     self._removed(host.address, expected=another)
                 host.threads, host.missing = 0, True  # the event which says why is on its way
+            self._judge(began, another)
             self._refill()
 
     def _threads_of(self, worker: dict[str, Any]) -> int:
@@ -308,6 +313,9 @@ class DaskExecutor:
         with self._lock:
             if run.sent is not sent:
                 return
+            if isinstance(exc, KilledWorker):
+                self._removed(cast(_Host, run.host).address, expected=False)
+                return
             raised = sent.status == 'error'  # by the task; or else the connection was lost before its result was here
             host = self._take_back(run)
             if isinstance(exc, (CancelledError, OSError, asyncio.TimeoutError)) and not raised:
@@ -318,18 +326,29 @@ class DaskExecutor:
         _settle(run.set_exception, _reason(run, host, exc))
 
     def _removed(self, address: str, expected: bool) -> None:
-        """A worker is gone: what it had has failed, unless that was by intent, or with its scheduler."""
+        """A worker is gone: what it had goes to others, or its loss is to be judged if it was not by intent."""
         with self._lock:
             host = self._hosts.pop(address, _Host(address))
             runs = list(host.runs)
             for run in runs:
                 self._take_back(run)
-            self._waiting += runs if expected else []
+            if expected:
+                self._waiting += runs
+            else:
+                self._losses.append(_Loss(address, set(runs)))
             self._refill()
-        for run in [] if expected else runs:
-            _settle(run.set_exception, WorkerLostError(f'the Dask worker {address} died'))
         with suppress(Exception):  # a client that is new or closed has not subscribed
             self._client.unsubscribe_topic(address)
+
+    def _judge(self, looked_at: float, another: bool) -> None:
+        """What workers had that died has failed; what they had because their scheduler ended, goes to others."""
+        for loss in [loss for loss in self._losses if another or loss.at < looked_at - LOSS_PAUSE]:
+            self._losses.remove(loss)
+            if another:
+                self._waiting += loss.runs
+                continue
+            for run in loss.runs:
+                _settle(run.set_exception, WorkerLostError(f'the Dask worker {loss.address} died'))
 
     def _take_back(self, run: _Run) -> _Host:
         """Let Dask forget a task, and drop it if it has not begun."""
@@ -343,8 +362,10 @@ class DaskExecutor:
         with self._lock:
             if run.sent is not None:
                 self._take_back(run)
-            elif run in self._waiting:
+            if run in self._waiting:
                 self._waiting.remove(run)
+            for loss in self._losses:
+                loss.runs.discard(run)
 
 
 @dataclass(eq=False)
@@ -357,6 +378,15 @@ class _Host:
     heard_on: Any = None  # the connection on which its events are subscribed to
     runs: set[_Run] = field(default_factory=set)
     known: set[str] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class _Loss:
+    """What a worker had that is gone, maybe just because its scheduler ends."""
+
+    address: str
+    runs: set[_Run]
+    at: float = field(default_factory=time.monotonic)
 
 
 class _Loop(threading.Thread):
@@ -416,8 +446,6 @@ def _perform(data: bytes) -> tuple[bool, Any]:
 
 def _reason(run: _Run, host: _Host, exc: Exception) -> Exception:
     """What a task has failed of, for which Dask says `exc`."""
-    if isinstance(exc, KilledWorker):
-        return WorkerLostError(f'{host.address} died')
     if isinstance(exc, PortabilityError) or not isinstance(run.fn, RemoteTask):
         return exc
     error = PortabilityError(  # for a remote task returns what its function has raised

@@ -291,7 +291,7 @@ def test_a_worker_without_minibatch_ends_the_consumer_which_says_what_to_install
     cluster.path = without
     cluster.start_workers(1)
     stream.append_many({'i': i} for i in range(10))
-    with pytest.raises(PortabilityError, match='this is not minibatch. Install minibatch, and what the function impo'):
+    with pytest.raises(PortabilityError, match=r'this is not minibatch\. Install minibatch, and what the func'):
         mb.make_emitter('s', len, stream=stream, size=1, executor=cluster.address).run(blocking=False)
     assert {window['status'] for window in stream.target.db.window.find()} == {'open'}
     assert 'a worker was lost' not in caplog.text
@@ -496,6 +496,21 @@ def test_a_client_that_connects_after_shutdown_is_closed(orphan, cluster, client
     eventually(lambda: 'minibatch-dask' not in {thread.name for thread in threading.enumerate()})
 
 
+def test_what_workers_had_that_are_lost_together_with_their_scheduler_has_not_failed(cluster, monkeypatch):
+    monkeypatch.setattr('minibatch.contrib.dask.LOSS_PAUSE', 30.0)
+    cluster.start_workers(1)
+    executor = DaskExecutor(cluster.address)
+    runs = [executor.submit(Sleep(0.5)) for _ in range(3)]
+    cluster.workers[0].kill()
+    eventually(lambda: executor.workers == 0)
+    cluster.scheduler.kill()
+    cluster.scheduler.wait()
+    cluster.start_scheduler()
+    cluster.start_workers(1)
+    assert {run.result(60) for run in runs} == {cluster.workers[1].pid}
+    executor.shutdown()
+
+
 # --- faults: what is killed with -9
 
 
@@ -527,20 +542,21 @@ def test_a_worker_is_killed(running, db, cluster):
         nothing_left(client)
 
 
-def test_the_scheduler_is_killed_and_a_new_one_takes_its_address(running, db, cluster):
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+def test_the_scheduler_is_ended_and_a_new_one_takes_its_address(number, running, db, cluster):
     cluster.start_workers(2)
     with running() as process:
         for _ in range(2):
             count = seen_count(db)
             eventually(lambda count=count: seen_count(db) > count + 30)
-            cluster.scheduler.kill()
+            cluster.scheduler.send_signal(number)
             cluster.scheduler.wait()
             eventually(lambda: all(worker.poll() is not None for worker in cluster.workers))
             cluster.start_scheduler()
             cluster.start_workers(2)
         eventually(lambda: db.once.count_documents({}) == 600)
         terminate(process)
-    prove_once(db, 'kill -9 of the Dask scheduler, twice', {0: 600})
+    prove_once(db, f'{number.name} of the Dask scheduler, twice', {0: 600})
     assert attempts_of(db) == {1}
 
 
