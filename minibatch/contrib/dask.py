@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 AHEAD = 2  # tasks for each thread of a worker, so that it has the next one when it is done
 LOOK_PAUSE = 1.0
+PAUSED_PAUSE = 5.0
 LOSS_PAUSE = 0.5  # a scheduler that ends may tell of its workers before, and answer for a moment
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 5.0
@@ -63,6 +64,8 @@ class DaskExecutor:
     and minibatch decides what that means. Its windows are run again one by one, and only one whose worker dies again
     counts as failed, see ``max_attempts``. What a worker had that was retired goes to another one; one that is ended by
     a signal has died, also of SIGTERM, so end workers with ``client.retire_workers()``, or give them a ``--lifetime``.
+
+    What a worker has not begun when Dask pauses it, as it does at 80 % of its memory, goes to others after 5 seconds.
 
     Without the scheduler tasks wait: when it is back, or a new one is at its address, they are sent again. A function
     may then be called twice for a window, as after any crash; its result is used once. When the consumer dies, the
@@ -222,16 +225,24 @@ class DaskExecutor:
                 logger.info('connected to the Dask scheduler at %s', self.address)
             self._scheduler, self._away, self._warned = found['id'], False, False
             for address, worker in found['workers'].items():
-                host = self._hosts.setdefault(address, _Host(address))
-                if host.heard_on is not client.scheduler_comm:
-                    client.subscribe_topic(address, partial(self._hear, address))
-                host.threads, host.missing, host.heard_on = self._threads_of(worker), False, client.scheduler_comm
+                self._see(self._hosts.setdefault(address, _Host(address)), worker)
             for host in [host for address, host in self._hosts.items() if address not in found['workers']]:
                 if host.missing or another:
                     self._removed(host.address, expected=another)
                 host.threads, host.missing = 0, True  # the event which says why is on its way
             self._judge(began, another)
             self._refill()
+
+    def _see(self, host: _Host, worker: dict[str, Any]) -> None:
+        client, now = self._client, time.monotonic()
+        if host.heard_on is not client.scheduler_comm:
+            client.subscribe_topic(host.address, partial(self._hear, host.address))
+        host.threads, host.missing, host.heard_on = self._threads_of(worker), False, client.scheduler_comm
+        if worker['status'] != 'paused':
+            host.asked_at = now
+        elif host.runs and now - host.asked_at > PAUSED_PAUSE:
+            host.asked_at = now
+            client.loop.add_callback(self._ask, host, {run.sent.key: run for run in host.runs})
 
     def _threads_of(self, worker: dict[str, Any]) -> int:
         """How many tasks of ours a worker can run at once."""
@@ -246,6 +257,22 @@ class DaskExecutor:
         if isinstance(what, dict) and what.get('action') == 'remove-worker':
             expected = bool(what.get('expected', what.get('safe')))
             self._events.put(partial(self._removed, address, expected))
+
+    async def _ask(self, host: _Host, runs: dict[str, _Run]) -> None:
+        """Ask a paused worker what it runs; in the thread of the client."""
+        with suppress(Exception):  # it is asked again
+            asked = self._client.scheduler.call_stack(keys=list(runs))
+            stacks = await asyncio.wait_for(asked, CONNECT_TIMEOUT)
+            self._events.put(partial(self._relieve, [runs[key] for key in runs.keys() - stacks.get(host.address, {})]))
+
+    def _relieve(self, runs: list[_Run]) -> None:
+        """Place elsewhere what a paused worker has not begun."""
+        with self._lock:
+            for run in runs:
+                if run.host is not None and not run.host.threads and run.sent.status == 'pending':
+                    self._take_back(run)
+                    self._waiting.append(run)
+            self._refill()
 
     # --- tasks
 
@@ -375,6 +402,7 @@ class _Host:
     address: str
     threads: int = 0
     missing: bool = False
+    asked_at: float = field(default_factory=time.monotonic)  # what it does; or when it was last not paused
     heard_on: Any = None  # the connection on which its events are subscribed to
     runs: set[_Run] = field(default_factory=set)
     known: set[str] = field(default_factory=set)

@@ -69,7 +69,7 @@ class Cluster:
             self.workers.append(self._start('worker', *where, '--nthreads', '1', '--no-nanny', *QUIET, *options))
         alive = sum(worker.poll() is None for worker in self.workers)
         with self.asked() as client:
-            client.wait_for_workers(alive, timeout=60)
+            eventually(lambda: started_workers(client) >= alive, 60)
 
     @contextmanager
     def asked(self) -> Iterator[Client]:
@@ -99,6 +99,11 @@ class Cluster:
                 for child in started:
                     if is_alive(child):
                         child.kill()
+
+
+def started_workers(client: Client) -> int:
+    """How many there are, also such as are paused."""
+    return sum(worker['status'] != 'init' for worker in client.scheduler_info(n_workers=-1)['workers'].values())
 
 
 def tasks_of(client: Client) -> list[str]:

@@ -16,7 +16,7 @@ import cloudpickle
 import psutil
 import pytest
 import servers
-from dask.distributed import Client
+from dask.distributed import Client, Status
 from processes import consumer, kill, prove_once, seen_count, started, terminate
 from pymongo import MongoClient
 from servers_dask import Cluster, Meter, local_cluster, nothing_left
@@ -402,6 +402,38 @@ def test_workers_that_come_get_tasks_and_those_that_are_retired_lose_none(stream
     assert {attempt for _, attempt in sink} == {1}
     assert 'a worker was lost' not in caplog.text
     executor.shutdown()
+
+
+def test_what_a_worker_has_not_begun_when_it_is_paused_goes_to_others(cluster, db, monkeypatch):
+    monkeypatch.setattr('minibatch.contrib.dask.PAUSED_PAUSE', 0.0)
+    cluster.start_workers(1, '--memory-limit', '0')  # so that Dask does not resume it
+    executor = DaskExecutor(cluster.address)
+    first, second = executor.submit(Waits(db.client.address, db.name)), executor.submit(Pid())
+    eventually(lambda: db.begun.count_documents({}))
+    with cluster.asked() as client:
+        client.run(pause)
+    cluster.start_workers(1)
+    assert second.result(60) == cluster.workers[1].pid
+    db.go.insert_one({})
+    assert first.result(60) == cluster.workers[0].pid
+    assert db.begun.count_documents({}) == 1
+    executor.shutdown()
+
+
+class Waits:
+    def __init__(self, address, name):
+        self.address, self.name = address, name
+
+    def __call__(self):
+        with MongoClient(*self.address, directConnection=True) as client:
+            client[self.name].begun.insert_one({})
+            while not client[self.name].go.find_one():
+                time.sleep(0.02)
+        return os.getpid()
+
+
+async def pause(dask_worker):
+    dask_worker.status = Status.paused
 
 
 def test_a_consumer_waits_while_there_is_no_worker(stream, cluster):
