@@ -144,7 +144,7 @@ def test_a_timeout_goes_with_processes_only():
         mb.make_emitter('s', len, size=1, executor='threads', timeout=5)
 
 
-@pytest.mark.parametrize('given', ['ray://host:10001', 'process', 'dask', 'dask:host', ''])
+@pytest.mark.parametrize('given', ['ray://host:10001', 'process', 'dask', 'dask:host', 'dask://', ''])
 def test_a_name_or_scheme_that_is_not_known_is_refused_with_those_that_are(given):
     with pytest.raises(ArgumentError) as refused:
         mb.make_emitter('s', len, size=1, executor=given)
@@ -185,6 +185,18 @@ def test_a_package_can_register_an_executor_for_addresses(stream, registered):
     assert made.executor == 'elsewhere://there'
     assert where_it_runs(stream, 'elsewhere://there') == (True, True)
     assert Elsewhere.opened == ['elsewhere://there']
+    assert len(Elsewhere.closed) == 1
+
+
+def test_a_client_of_dask_is_for_the_executor_that_takes_its_addresses(stream, registered, monkeypatch):
+    class Client:
+        pass
+
+    monkeypatch.setattr(Client, '__module__', 'distributed.client')
+    monkeypatch.setattr(executors, 'CLIENTS', {'distributed': 'elsewhere'})
+    client = Client()
+    assert where_it_runs(stream, client) == (True, True)
+    assert Elsewhere.opened == [client]
     assert len(Elsewhere.closed) == 1
 
 

@@ -57,8 +57,9 @@ class DaskExecutor:
     """Runs tasks on the workers of a Dask cluster.
 
     A task says where MongoDB is and which messages its windows have, and the worker reads them there: no message goes
-    through the scheduler. The function is sent with the first tasks of each worker, and results come from the worker
-    directly. Each task is bound to one worker, two for each of its threads, as the cluster grows and shrinks.
+    through the scheduler. Each task is bound to one worker, two for each of its threads, as the cluster grows and
+    shrinks. The function goes through the scheduler with the first tasks of each worker, until one of them has returned.
+    Results come from the worker directly.
 
     So Dask runs no task a second time, whatever ``allowed-failures`` says: what a worker had when it died has failed,
     and minibatch decides what that means. Its windows are run again one by one, and only one whose worker dies again
@@ -87,6 +88,7 @@ class DaskExecutor:
     Example:
         >>> executor = DaskExecutor('tcp://scheduler:8786', resources={'GPU': 1})    # doctest: +SKIP
         >>> mb.streaming('images', classify, size=100, executor=executor)            # doctest: +SKIP
+        >>> mb.streaming('images', classify, size=100, executor=client)              # doctest: +SKIP
     """
 
     def __init__(
@@ -94,13 +96,16 @@ class DaskExecutor:
     ) -> None:
         if isinstance(scheduler, Client):
             client: Any = scheduler
-            scheduler, security = client.scheduler.address, security or client.security
+            scheduler, security = getattr(client.scheduler, 'address', client), security or client.security
         if not isinstance(scheduler, str) or not scheduler.partition('://')[2]:
-            raise ArgumentError(f'scheduler must be an address like dask://host:8786, or a Client, not {scheduler!r}')
-        if not all(isinstance(n, (int, float)) and n > 0 for n in (resources or {}).values()):
+            raise ArgumentError(
+                f'scheduler must be an address like dask://host:8786, or a Client that is connected, not {scheduler!r}'
+            )
+        needs = {} if resources is None else resources
+        if not isinstance(needs, dict) or not all(isinstance(n, (int, float)) and n > 0 for n in needs.values()):
             raise ArgumentError(f"resources must be a dict of numbers, such as {{'GPU': 1}}, not {resources!r}")
         self.address = scheduler.replace('dask://', 'tcp://', 1)
-        self.resources, self.direct, self._security = dict(resources or {}), direct, security
+        self.resources, self.direct, self._security = dict(needs), direct, security
         self._lock = threading.RLock()
         self._events: SimpleQueue[Callable[[], Any]] = SimpleQueue()
         self._loop: _Loop | None = None

@@ -104,7 +104,7 @@ def test_what_is_no_address_is_refused(address):
         DaskExecutor(address)
 
 
-@pytest.mark.parametrize('resources', [{'GPU': 0}, {'GPU': 'one'}])
+@pytest.mark.parametrize('resources', [{'GPU': 0}, {'GPU': 'one'}, ['GPU'], 'GPU', 1])
 def test_resources_are_numbers(resources):
     with pytest.raises(ArgumentError, match='resources'):
         DaskExecutor('dask://host:8786', resources=resources)
@@ -151,6 +151,23 @@ def test_a_client_says_where_the_scheduler_is_and_may_be_closed(address):
         assert executor.submit(Pid()).result() != os.getpid()
     assert executor.submit(Pid()).result() != os.getpid()
     executor.shutdown()
+
+
+def test_a_client_as_executor_keeps_the_promises_and_is_not_closed(stream, address, client, monkeypatch):
+    monkeypatch.setattr(client, 'submit', None)
+    before, sink = threads_of_clients(), ListSink()
+    stream.append_many({'i': i} for i in range(10))
+    mb.make_emitter('s', pid_of, stream=stream, size=1, sink=sink, executor=client).run(blocking=False)
+    assert {pid for (pid,) in sink} <= set(client.run(os.getpid).values())
+    assert len(sink) == 10
+    assert threads_of_clients() == before
+
+
+def test_a_client_that_is_closed_is_refused(address):
+    with Client(address, set_as_default=False) as client:
+        pass
+    with pytest.raises(ArgumentError, match='a Client that is connected'):
+        DaskExecutor(client)
 
 
 def test_calls_are_in_order_with_one_worker(stream, executor):
