@@ -58,8 +58,8 @@ class DaskExecutor:
 
     A task says where MongoDB is and which messages its windows have, and the worker reads them there: no message goes
     through the scheduler. Each task is bound to one worker, two for each of its threads, as the cluster grows and
-    shrinks. The function goes through the scheduler with the first tasks of each worker, until one of them has returned.
-    Results come from the worker directly.
+    shrinks. The function goes through the scheduler with the first tasks of each worker, until one has returned;
+    results come from the worker directly.
 
     So Dask runs no task a second time, whatever ``allowed-failures`` says: what a worker had when it died has failed,
     and minibatch decides what that means. Its windows are run again one by one, and only one whose worker dies again
