@@ -1,7 +1,8 @@
 """Where functions run: what ``executor=`` may say, and how it is opened and closed.
 
 An address, such as ``dask://host:8786``, is for the executor that has registered its scheme, as an entry point of the
-group ``minibatch.executors``: a class that is called with the address.
+group ``minibatch.executors``: a class that is called with the address. A client of Dask is for the same class: it has a
+method ``submit``, but keeps none of what `minibatch.abc.Executor` promises.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .connection import masked
 from .errors import ArgumentError
 
 ENTRY_POINTS = 'minibatch.executors'
+CLIENTS = {'distributed': 'dask'}  # packages, and the scheme of what their clients are connected to
 
 
 class InlineExecutor:
@@ -48,9 +50,9 @@ def resolve(given: Any) -> Any:
         ArgumentError: if it is none of them, naming those there are.
         ImportError: if what an address needs is not installed, saying what to install.
     """
-    if isinstance(given, str):
-        if given in NAMED:
-            return NAMED[given]
+    if isinstance(given, str) and given in NAMED:
+        return NAMED[given]
+    if isinstance(given, str) or _is_client(given):
         _class_of(given)
     elif given is not None and not callable(getattr(given, 'submit', None)):
         raise ArgumentError(f'executor must have a method submit(fn); {given!r} has not')
@@ -64,12 +66,12 @@ def takes_workers(given: Any) -> bool:
 
 @contextmanager
 def opened(given: Any, workers: int) -> Iterator[Executor]:
-    """The executor of a class, an address or an instance; closed at the end if it was made here."""
-    if not isinstance(given, (type, str)):
+    """The executor of a class, an address, a client or an instance; closed at the end if it was made here."""
+    if isinstance(given, str) or _is_client(given):
+        executor = _class_of(given)(given)
+    elif not isinstance(given, type):
         yield given
         return
-    if isinstance(given, str):
-        executor = _class_of(given)(given)
     else:
         executor = given(max_workers=workers) if takes_workers(given) else given()
     try:
@@ -78,14 +80,27 @@ def opened(given: Any, workers: int) -> Iterator[Executor]:
         getattr(executor, 'shutdown', lambda: None)()
 
 
-def _class_of(address: str) -> Callable[[str], Any]:
-    scheme, found, _ = address.partition('://')
+def _is_client(given: Any) -> bool:
+    return bool(_scheme_of(given)) and not isinstance(given, str)
+
+
+def _scheme_of(given: Any) -> str:
+    """That of an address, or for a client that of the address it is connected to."""
+    if isinstance(given, str):
+        scheme, found, rest = given.partition('://')
+        return scheme if found and rest else ''
+    packages = {base.__module__.partition('.')[0] for base in type(given).__mro__}
+    return next((scheme for package, scheme in CLIENTS.items() if package in packages), '')
+
+
+def _class_of(given: Any) -> Callable[[Any], Any]:
+    scheme = _scheme_of(given)
     registered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
-    if found and scheme in registered:
-        made: Callable[[str], Any] = registered[scheme].load()
+    if scheme in registered:
+        made: Callable[[Any], Any] = registered[scheme].load()
         return made
     names = [repr(name) for name in NAMED] + [f"'{name}://...'" for name in sorted(registered)]
     raise ArgumentError(
         f'executor must be one of {", ".join(names)}, or a class or an instance with submit(fn), not '
-        f'{masked(address)!r}; pip install minibatch[dask] brings what dask://host:8786 needs'
+        f'{masked(str(given))!r}; pip install minibatch[dask] brings what dask://host:8786 needs'
     )

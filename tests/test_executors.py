@@ -4,6 +4,7 @@ import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import EntryPoint
+from unittest import SkipTest
 
 import loky
 import pytest
@@ -83,6 +84,23 @@ class Lazy(ThreadPoolExecutor):
         super().shutdown(wait=False)
 
 
+class Modest(ThreadPoolExecutor):
+    """Says that it does less at once than it does."""
+
+    workers = 2
+
+
+class Confused(Pool):
+    """Gives another result than that of the callable."""
+
+    def submit(self, fn):
+        done = Future()
+        super().submit(fn).add_done_callback(
+            lambda sent: done.set_exception(sent.exception()) if sent.exception() else done.set_result('another')
+        )
+        return done
+
+
 class Deceived(Pool):
     """Says that a worker which died has done its work."""
 
@@ -92,21 +110,34 @@ class Deceived(Pool):
         return done
 
 
+DIES = 'test_a_worker_that_dies_is_an_exception_and_what_comes_next_is_run'
+
+
 @pytest.mark.parametrize(
-    ('make', 'test', 'remote'),
+    ('make', 'test', 'options'),
     [
-        (Forgetful, 'test_consumers_give_each_message_once_to_their_own_function_whatever_it_is', False),
-        (lambda: Lazy(2), 'test_nothing_begins_after_it_is_closed', True),
-        (lambda: Deceived(2, None), 'test_a_worker_that_dies_is_an_exception_and_what_comes_next_is_run', True),
+        (Forgetful, 'test_consumers_give_each_message_once_to_their_own_function_whatever_it_is', {'remote': False}),
+        (lambda: Modest(3), 'test_no_more_run_at_once_than_it_says_and_all_that_wait_come_to_run', {}),
+        (lambda: Lazy(2), 'test_nothing_begins_after_it_is_closed', {}),
+        (lambda: Deceived(2, None), DIES, {}),
+        (lambda: Confused(2, None), DIES, {'recovers': False}),
     ],
 )
-def test_an_executor_that_breaks_the_contract_is_found_out(make, test, remote, url, monkeypatch):
+def test_an_executor_that_breaks_the_contract_is_found_out(make, test, options, url, monkeypatch):
     monkeypatch.setattr('minibatch.contracts.PATIENCE', 3.0)
     monkeypatch.setattr('minibatch.planner.STOP_TIMEOUT', 1.0)
     contract = ExecutorContract()
-    contract.url, contract.make, contract.remote = url, make, remote
+    vars(contract).update(url=url, make=make, **options)
     with pytest.raises(AssertionError):
         getattr(contract, test)()
+
+
+@pytest.mark.parametrize(
+    'test', [DIES, 'test_a_window_that_kills_its_workers_is_a_dead_letter_and_those_beside_it_are_not']
+)
+def test_what_is_not_for_an_executor_is_skipped(test):
+    with pytest.raises(SkipTest):
+        getattr(TestInline(), test)()
 
 
 # --- names and addresses
@@ -144,7 +175,7 @@ def test_a_timeout_goes_with_processes_only():
         mb.make_emitter('s', len, size=1, executor='threads', timeout=5)
 
 
-@pytest.mark.parametrize('given', ['ray://host:10001', 'process', 'dask', 'dask:host', ''])
+@pytest.mark.parametrize('given', ['ray://host:10001', 'process', 'dask', 'dask:host', 'dask://', ''])
 def test_a_name_or_scheme_that_is_not_known_is_refused_with_those_that_are(given):
     with pytest.raises(ArgumentError) as refused:
         mb.make_emitter('s', len, size=1, executor=given)
@@ -185,6 +216,18 @@ def test_a_package_can_register_an_executor_for_addresses(stream, registered):
     assert made.executor == 'elsewhere://there'
     assert where_it_runs(stream, 'elsewhere://there') == (True, True)
     assert Elsewhere.opened == ['elsewhere://there']
+    assert len(Elsewhere.closed) == 1
+
+
+def test_a_client_of_dask_is_for_the_executor_that_takes_its_addresses(stream, registered, monkeypatch):
+    class Client:
+        pass
+
+    monkeypatch.setattr(Client, '__module__', 'distributed.client')
+    monkeypatch.setattr(executors, 'CLIENTS', {'distributed': 'elsewhere'})
+    client = Client()
+    assert where_it_runs(stream, client) == (True, True)
+    assert Elsewhere.opened == [client]
     assert len(Elsewhere.closed) == 1
 
 

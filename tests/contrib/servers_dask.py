@@ -44,6 +44,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
+        self.path = str(Path(mb.__file__).parent.parent)  # where what is started finds minibatch
         self.scheduler: subprocess.Popen[bytes] | None = None
         self.workers: list[subprocess.Popen[bytes]] = []
         self.client: Client | None = None
@@ -68,7 +69,7 @@ class Cluster:
             self.workers.append(self._start('worker', *where, '--nthreads', '1', '--no-nanny', *QUIET, *options))
         alive = sum(worker.poll() is None for worker in self.workers)
         with self.asked() as client:
-            client.wait_for_workers(alive, timeout=60)
+            eventually(lambda: started_workers(client) >= alive, 60)
 
     @contextmanager
     def asked(self) -> Iterator[Client]:
@@ -80,7 +81,7 @@ class Cluster:
         with open(self.folder / 'dask.log', 'ab') as log:
             return subprocess.Popen(
                 [sys.executable, '-m', f'distributed.cli.dask_{what}', *options], stdout=log, stderr=log,
-                stdin=subprocess.DEVNULL, env={**os.environ, 'PYTHONPATH': str(Path(mb.__file__).parent.parent)},
+                stdin=subprocess.DEVNULL, env={**os.environ, 'PYTHONPATH': self.path}, cwd=self.folder,
             )  # fmt: skip
 
     def __enter__(self) -> Cluster:
@@ -98,6 +99,11 @@ class Cluster:
                 for child in started:
                     if is_alive(child):
                         child.kill()
+
+
+def started_workers(client: Client) -> int:
+    """How many there are, also such as are paused."""
+    return sum(worker['status'] != 'init' for worker in client.scheduler_info(n_workers=-1)['workers'].values())
 
 
 def tasks_of(client: Client) -> list[str]:

@@ -1,5 +1,6 @@
 """Dask as executor: on a LocalCluster of two processes, and on a scheduler and workers that are killed."""
 
+import asyncio
 import os
 import pickle
 import signal
@@ -12,9 +13,10 @@ from functools import partial
 
 import bson
 import cloudpickle
+import psutil
 import pytest
 import servers
-from dask.distributed import Client
+from dask.distributed import Client, Status
 from processes import consumer, kill, prove_once, seen_count, started, terminate
 from pymongo import MongoClient
 from servers_dask import Cluster, Meter, local_cluster, nothing_left
@@ -102,7 +104,7 @@ def test_what_is_no_address_is_refused(address):
         DaskExecutor(address)
 
 
-@pytest.mark.parametrize('resources', [{'GPU': 0}, {'GPU': 'one'}])
+@pytest.mark.parametrize('resources', [{'GPU': 0}, {'GPU': 'one'}, ['GPU'], 'GPU', 1])
 def test_resources_are_numbers(resources):
     with pytest.raises(ArgumentError, match='resources'):
         DaskExecutor('dask://host:8786', resources=resources)
@@ -115,9 +117,11 @@ def test_a_timeout_is_refused_beside_dask():
 
 def test_a_scheduler_that_is_not_there_is_an_error_with_its_address(stream, monkeypatch):
     monkeypatch.setattr('minibatch.contrib.dask.CONNECT_TIMEOUT', 0.5)
+    before = threads_of_clients()
     emitter = mb.make_emitter('s', len, stream=stream, size=1, executor='dask://127.0.0.1:1')
     with pytest.raises(ConnectionError, match=r'no Dask scheduler answers at tcp://127\.0\.0\.1:1:'):
         emitter.run(blocking=False)
+    assert threads_of_clients() == before
 
 
 def test_without_distributed_it_says_what_to_install():
@@ -147,6 +151,23 @@ def test_a_client_says_where_the_scheduler_is_and_may_be_closed(address):
         assert executor.submit(Pid()).result() != os.getpid()
     assert executor.submit(Pid()).result() != os.getpid()
     executor.shutdown()
+
+
+def test_a_client_as_executor_keeps_the_promises_and_is_not_closed(stream, address, client, monkeypatch):
+    monkeypatch.setattr(client, 'submit', None)
+    before, sink = threads_of_clients(), ListSink()
+    stream.append_many({'i': i} for i in range(10))
+    mb.make_emitter('s', pid_of, stream=stream, size=1, sink=sink, executor=client).run(blocking=False)
+    assert {pid for (pid,) in sink} <= set(client.run(os.getpid).values())
+    assert len(sink) == 10
+    assert threads_of_clients() == before
+
+
+def test_a_client_that_is_closed_is_refused(address):
+    with Client(address, set_as_default=False) as client:
+        pass
+    with pytest.raises(ArgumentError, match='a Client that is connected'):
+        DaskExecutor(client)
 
 
 def test_calls_are_in_order_with_one_worker(stream, executor):
@@ -274,6 +295,62 @@ def test_a_function_that_workers_cannot_load_ends_the_consumer(stream, executor,
     assert stream.target.db.window.find_one()['attempts'] == 1
 
 
+@pytest.fixture
+def without(tmp_path):
+    """A PYTHONPATH on which minibatch is not found."""
+    folder = tmp_path / 'without'
+    folder.mkdir()
+    (folder / 'minibatch.py').write_text('raise ImportError("this is not minibatch")')
+    return str(folder)
+
+
+def test_a_worker_without_minibatch_ends_the_consumer_which_says_what_to_install(stream, cluster, without, caplog):
+    cluster.path = without
+    cluster.start_workers(1)
+    stream.append_many({'i': i} for i in range(10))
+    with pytest.raises(PortabilityError, match=r'this is not minibatch\. Install minibatch, and what the func'):
+        mb.make_emitter('s', len, stream=stream, size=1, executor=cluster.address).run(blocking=False)
+    assert {window['status'] for window in stream.target.db.window.find()} == {'open'}
+    assert 'a worker was lost' not in caplog.text
+
+
+@pytest.mark.parametrize('direct', [True, False])
+def test_a_scheduler_needs_no_minibatch(direct, stream, cluster, without):
+    path, cluster.path = cluster.path, without
+    cluster.scheduler.kill()
+    cluster.scheduler.wait()
+    cluster.start_scheduler()
+    cluster.path = path
+    cluster.start_workers(1)
+    executor, sink = DaskExecutor(cluster.address, direct=direct), ListSink()
+    stream.append_many({'i': i} for i in range(10))
+    mb.make_emitter('s', len, stream=stream, size=1, sink=sink, executor=executor).run(blocking=False)
+    assert sink == [1] * 10
+    executor.shutdown()
+
+
+def test_a_function_that_cannot_be_sent_fails_alone_also_after_it_has_waited(executor):
+    lock = threading.Lock()
+    busy = [executor.submit(Sleep(0.2)) for _ in range(8)]
+    refused = executor.submit(partial(Sleep, lock))
+    others = [executor.submit(Pid()) for _ in range(4)]
+    assert isinstance(refused.exception(60), TypeError)
+    assert all(completion.result(60) for completion in busy + others)
+
+
+def test_what_is_raised_like_the_loss_of_a_connection_is_no_loss(executor, monkeypatch):
+    take_back = DaskExecutor._take_back
+
+    def thoroughly(executor, run):
+        client = run.sent.client
+        taken = take_back(executor, run)
+        client.sync(asyncio.sleep, 0)  # it has let go of the task
+        return taken
+
+    monkeypatch.setattr(DaskExecutor, '_take_back', thoroughly)
+    assert isinstance(executor.submit(partial(open, '/nowhere')).exception(30), FileNotFoundError)
+
+
 def completion_error(completion):
     with pytest.raises(Exception) as raised:  # noqa: PT011
         completion.result()
@@ -344,6 +421,38 @@ def test_workers_that_come_get_tasks_and_those_that_are_retired_lose_none(stream
     executor.shutdown()
 
 
+def test_what_a_worker_has_not_begun_when_it_is_paused_goes_to_others(cluster, db, monkeypatch):
+    monkeypatch.setattr('minibatch.contrib.dask.PAUSED_PAUSE', 0.0)
+    cluster.start_workers(1, '--memory-limit', '0')  # so that Dask does not resume it
+    executor = DaskExecutor(cluster.address)
+    first, second = executor.submit(Waits(db.client.address, db.name)), executor.submit(Pid())
+    eventually(lambda: db.begun.count_documents({}))
+    with cluster.asked() as client:
+        client.run(pause)
+    cluster.start_workers(1)
+    assert second.result(60) == cluster.workers[1].pid
+    db.go.insert_one({})
+    assert first.result(60) == cluster.workers[0].pid
+    assert db.begun.count_documents({}) == 1
+    executor.shutdown()
+
+
+class Waits:
+    def __init__(self, address, name):
+        self.address, self.name = address, name
+
+    def __call__(self):
+        with MongoClient(*self.address, directConnection=True) as client:
+            client[self.name].begun.insert_one({})
+            while not client[self.name].go.find_one():
+                time.sleep(0.02)
+        return os.getpid()
+
+
+async def pause(dask_worker):
+    dask_worker.status = Status.paused
+
+
 def test_a_consumer_waits_while_there_is_no_worker(stream, cluster):
     executor, sink = DaskExecutor(cluster.address), ListSink()
     stream.append_many({'i': i} for i in range(20))
@@ -371,6 +480,84 @@ def test_a_connection_that_is_lost_costs_no_attempt_and_makes_nobody_suspect(str
         executor.shutdown()
     assert sorted(sink) == [(number, 1) for number in range(1, 101)]
     assert 'a worker was lost' not in caplog.text
+
+
+@pytest.fixture
+def clients(monkeypatch):
+    """The clients that executors have begun to make; each waits for the event `may_connect`."""
+    made = Made()
+
+    class Counted(Client):
+        def __init__(self, *args, **options):
+            made.begun += 1
+            assert made.may_connect.wait(60)
+            super().__init__(*args, **{**options, 'timeout': made.timeout})
+            made.append(self)
+
+    monkeypatch.setattr('minibatch.contrib.dask.Client', Counted)
+    monkeypatch.setattr('minibatch.contrib.dask.LOOK_PAUSE', 0.1)
+    return made
+
+
+class Made(list):
+    def __init__(self):
+        self.begun, self.timeout, self.may_connect = 0, 2.0, threading.Event()
+        self.may_connect.set()
+
+
+def threads_of_clients():
+    return {thread for thread in threading.enumerate() if thread.name.startswith(('IO loop', 'minibatch-dask'))}
+
+
+@pytest.fixture
+def orphan(cluster, clients):
+    """An executor whose scheduler has been killed."""
+    with cluster.asked():
+        executor = DaskExecutor(cluster.address)
+        assert executor.workers == 0
+    cluster.scheduler.kill()
+    cluster.scheduler.wait()
+    clients.timeout = 0.2
+    yield executor
+    executor.shutdown()
+
+
+def test_an_outage_of_the_scheduler_uses_up_neither_threads_nor_descriptors(orphan, clients):
+    eventually(lambda: clients.begun > 2)
+    threads, descriptors = threading.active_count(), psutil.Process().num_fds()
+    eventually(lambda: clients.begun > 10)
+    assert threading.active_count() < threads + 4
+    assert psutil.Process().num_fds() < descriptors + 8
+
+
+def test_a_client_that_connects_after_shutdown_is_closed(orphan, cluster, clients, monkeypatch):
+    monkeypatch.setattr('minibatch.contrib.dask.CLOSE_TIMEOUT', 0.5)
+    clients.may_connect.clear()
+    begun = clients.begun
+    eventually(lambda: clients.begun > begun)
+    orphan.shutdown()
+    cluster.start_scheduler()
+    with cluster.asked():
+        clients.timeout = 60
+        clients.may_connect.set()
+        eventually(lambda: len(clients) == 2)
+    eventually(lambda: [client.status for client in clients] == ['closed', 'closed'])
+    eventually(lambda: 'minibatch-dask' not in {thread.name for thread in threading.enumerate()})
+
+
+def test_what_workers_had_that_are_lost_together_with_their_scheduler_has_not_failed(cluster, monkeypatch):
+    monkeypatch.setattr('minibatch.contrib.dask.LOSS_PAUSE', 30.0)
+    cluster.start_workers(1)
+    executor = DaskExecutor(cluster.address)
+    runs = [executor.submit(Sleep(0.5)) for _ in range(3)]
+    cluster.workers[0].kill()
+    eventually(lambda: executor.workers == 0)
+    cluster.scheduler.kill()
+    cluster.scheduler.wait()
+    cluster.start_scheduler()
+    cluster.start_workers(1)
+    assert {run.result(60) for run in runs} == {cluster.workers[1].pid}
+    executor.shutdown()
 
 
 # --- faults: what is killed with -9
@@ -404,20 +591,21 @@ def test_a_worker_is_killed(running, db, cluster):
         nothing_left(client)
 
 
-def test_the_scheduler_is_killed_and_a_new_one_takes_its_address(running, db, cluster):
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+def test_the_scheduler_is_ended_and_a_new_one_takes_its_address(number, running, db, cluster):
     cluster.start_workers(2)
     with running() as process:
         for _ in range(2):
             count = seen_count(db)
             eventually(lambda count=count: seen_count(db) > count + 30)
-            cluster.scheduler.kill()
+            cluster.scheduler.send_signal(number)
             cluster.scheduler.wait()
             eventually(lambda: all(worker.poll() is not None for worker in cluster.workers))
             cluster.start_scheduler()
             cluster.start_workers(2)
         eventually(lambda: db.once.count_documents({}) == 600)
         terminate(process)
-    prove_once(db, 'kill -9 of the Dask scheduler, twice', {0: 600})
+    prove_once(db, f'{number.name} of the Dask scheduler, twice', {0: 600})
     assert attempts_of(db) == {1}
 
 
@@ -447,9 +635,10 @@ def test_a_consumer_that_is_interrupted_leaves_no_task(running, db, cluster):
 
 
 def test_shutdown_cancels_what_has_not_come_back(executor, client):
-    before = set(threading.enumerate())
+    before = threads_of_clients()
     done = [executor.submit(Sleep(0.2)) for _ in range(20)]
+    assert threads_of_clients() - before
     executor.shutdown()
     assert all(completion.cancelled() for completion in done)
+    assert threads_of_clients() == before
     nothing_left(client)
-    assert not [thread for thread in set(threading.enumerate()) - before if thread.name == 'minibatch-dask']
