@@ -124,7 +124,7 @@ class BulkSink(Sink, Protocol):
 
 @runtime_checkable
 class RemoteTask(Protocol):
-    """What a consumer gives to `Executor.submit`: a callable whose function an executor may send to each worker once.
+    """What a consumer gives to `Executor.submit`: a callable whose function need not go with each of them.
 
     Pickled as it is, it carries the function. ``pickle.loads`` of what `packed` returns is the callable again.
     """
