@@ -144,7 +144,7 @@ def test_messages_of_a_producer_whose_clock_is_wrong_come_now(stream, db, hours,
             wrong = datetime.now(timezone.utc) + timedelta(hours=hours, seconds=turn)
             write_at(db, 'test', [wrong] * 5, first=5 * turn)
             appended(stream, 1, 5 * turn, 5 * turn + 5)
-            eventually(lambda: seen.count() == 10 * turn + 10, 5)  # noqa: B023
+            eventually(lambda: seen.count() == 10 * turn + 10)  # noqa: B023
     prove(seen.messages(), {0: 15, 1: 15})
 
 

@@ -322,7 +322,7 @@ def test_the_next_consumer_takes_over_at_once_from_one_that_was_killed_or_stoppe
             eventually(lambda: seen_count(db) == 100)
             assert db.seen.distinct('planner') == [first.pid]
             kill(first)
-            pid = eventually(lambda: {second.pid, third.pid} & {owner_of(db, 'faults')}, 10).pop()
+            pid = eventually(lambda: {second.pid, third.pid} & {owner_of(db, 'faults')}, 40).pop()
             leading, standing_by = (second, third) if pid == second.pid else (third, second)
             appended(stream, 0, 100, 200)
             eventually(lambda: seen_count(db) == 200)

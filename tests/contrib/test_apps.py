@@ -68,7 +68,7 @@ def test_status_is_asked_for_once_a_second_however_many_look(make, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(asked) == 1
-    eventually(lambda: app.server.test_client().get('/status').json and len(asked) == 2, 5)
+    eventually(lambda: app.server.test_client().get('/status').json and len(asked) == 2)
 
 
 def test_history_has_the_counters_of_what_was_seen(make, url, quick):
