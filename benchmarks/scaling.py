@@ -14,6 +14,8 @@ from concurrent.futures import Future
 
 import bson
 import psutil
+from bson.codec_options import CodecOptions
+from bson.raw_bson import RawBSONDocument
 from common import PROCESSES, Server, fill, message, number_text
 
 import minibatch as mb
@@ -77,21 +79,24 @@ def planners(server, quick):
 
 def storage(server, quick):
     """Bytes a message: as BSON, on disk, in the indexes, and in the oplog, from which the replicas read."""
-    number, oplog = 5000 if quick else 200_000, server.target.client.local['oplog.rs']
+    number, sample = 5000 if quick else 200_000, 5000  # the oplog keeps no more than its size
     print(f'a message of {len(bson.encode(message(0)))} bytes, stored in  BSON  on disk  indexes  oplog   (bytes each)')
     for kind, batch in (('a document each', False), ('record batches of 1000', True)):
         server.db.buffer.drop()
         store.ensure_indexes(server.db)
-        stream, before = server.stream(), size_of(oplog)['size']
-        fill(stream, number, batch)
+        fill(server.stream(), number, batch)
         server.target.client.admin.command('fsync')
-        found = size_of(server.db.buffer)
-        figures = [found['size'], found['storageSize'], found['totalIndexSize'], size_of(oplog)['size'] - before]
-        print(f'{kind:32}', *(f'{figure / number:7.1f}' for figure in figures), flush=True)
+        found = server.db.command('collStats', 'buffer')
+        figures = [found[name] / number for name in ('size', 'storageSize', 'totalIndexSize')]
+        stream, before = server.stream(), oplog_of(server).find_one(sort=[('$natural', -1)])['ts']
+        fill(stream, sample, batch)
+        added = sum(len(entry.raw) for entry in oplog_of(server).find({'ts': {'$gt': before}}))
+        print(f'{kind:32}', *(f'{figure:7.1f}' for figure in [*figures, added / sample]), flush=True)
 
 
-def size_of(collection):
-    return collection.database.command('collStats', collection.name)
+def oplog_of(server):
+    options = CodecOptions(document_class=RawBSONDocument)
+    return server.target.client.local.get_collection('oplog.rs', codec_options=options)
 
 
 # --- listeners
