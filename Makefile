@@ -15,7 +15,7 @@ help:
 	@echo 'make lint      ruff, mypy, and checks of Dockerfile and docker-compose.yml'
 	@echo 'make services  the system packages the tests need (Debian and Ubuntu, as root)'
 	@echo 'make docs      the documentation, in docs/_build/html'
-	@echo 'make bench     the benchmarks, each beside its floor: tables, benchmarks/results.json and a chart (11 minutes)'
+	@echo 'make bench     the benchmarks, each beside its floor: tables, benchmarks/results.json and a chart (15 minutes)'
 	@echo 'make clean     remove .venv and everything built'
 
 demo: .venv/.demo
