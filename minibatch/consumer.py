@@ -136,7 +136,8 @@ class Consumer:
                     f'and one of them picks messages itself: it must be the only one'
                 )
         what = f'{name_of(emitter.emitfn)} with {emitter.describe()}' if emitter.emitfn else emitter.describe()
-        fields = {'fingerprint': what, 'keep': emitter.keep, 'picks': emitter.picks, 'workers': self._workers}
+        workers = getattr(self.executor, 'workers', self._workers)
+        fields = {'fingerprint': what, 'keep': emitter.keep, 'picks': emitter.picks, 'workers': workers}
         taken = lease.take(target, emitter.stream_name, emitter.group, emitter.lease, self._token_here, fields)
         if isinstance(taken, Lease):
             self._standing_by = False

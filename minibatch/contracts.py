@@ -18,6 +18,7 @@ They need a MongoDB; by default that is what `minibatch.connectdb` finds without
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 import threading
 import time
@@ -41,6 +42,7 @@ SOON = 5.0
 COUNT = 100
 MANY = 1_000_000
 SIZE = 10
+HERE = 'this runs in the process of the test: set remote = False in the class of the contract'
 
 
 def _eventually(condition: Callable[[], Any], what: str) -> None:
@@ -427,7 +429,9 @@ class ExecutorContract:
         if not self.remote:
             raise SkipTest('callables run in this process')
         with self._made() as executor:
-            assert str(_error_of(executor.submit(_Exits()))), 'it says nothing'
+            error = _error_of(executor.submit(_Exits()))
+            assert HERE not in str(error), error
+            assert str(error), f'the exception of a worker that died, {error!r}, has no text'
             try:
                 value = executor.submit(_Returns(1)).result()
             except Exception:
@@ -507,7 +511,12 @@ class _Raises:
 
 
 class _Exits:
+    def __init__(self) -> None:
+        self.here = platform.node(), os.getpid()
+
     def __call__(self) -> None:
+        if self.here == (platform.node(), os.getpid()):
+            raise RuntimeError(HERE)
         os._exit(1)
 
 

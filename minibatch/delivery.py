@@ -22,7 +22,7 @@ from .errors import ArgumentError, LeaseLostError, ServerError, WindowFailedErro
 from .lease import Lease
 from .progress import Claim, Progress
 from .retention import Follower
-from .worker import Outcome, Work, load
+from .worker import Outcome, Work, in_words, load
 
 if TYPE_CHECKING:
     from .window import WindowEmitter
@@ -168,7 +168,7 @@ class Delivery:
         except Exception as exc:
             logger.debug('sink failed', exc_info=True)
             connection.heal(self._target.client, exc)  # the sink may use the same one
-            outcome.error = connection.masked_text(f'sink: {type(exc).__name__}: {exc}')
+            outcome.error = f'sink: {in_words(exc)}'
             outcome.by_function = not _is_matter_of_time(exc, claim)
             failed[outcome.number] = outcome
             return False

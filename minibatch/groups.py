@@ -44,7 +44,7 @@ class Group:
         owner: 'host:pid' of the consumer that leads now, by the server's time, or None.
         stalled: since when windows wait and none is finished (aware, UTC), or None.
         keep: whether it keeps what it has processed.
-        workers: how many workers the consumer has that leads, or led last.
+        workers: how many workers the consumer that leads, or led last, had when it began to.
         committed: when a window was committed last (aware, UTC), or None.
         function: how long the function took for each window, in seconds.
         latency: how long after its newest message was appended each window was committed, in seconds.

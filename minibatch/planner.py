@@ -49,6 +49,7 @@ CLAIM_WINDOWS = 1000
 MAX_OPEN = 5000
 STOP_TIMEOUT = 30.0
 WORKERS_TIMEOUT = 60.0
+WORKERS_PATIENCE = 5.0
 
 
 class Planner:
@@ -74,6 +75,7 @@ class Planner:
         self._unbatched: dict[str, int] = {}
         self._ended_well = self._drains = False
         self._alone: Claim | None = None
+        self._workers_missed: float | None = None
         self._late: dict[int, str] = {}  # windows that took too long, of the pool that broke just now
 
     def __enter__(self) -> Planner:
@@ -164,14 +166,25 @@ class Planner:
         while not (self.consumer.at_once or self._in_flight):
             if time.monotonic() > deadline:
                 executor = self.consumer.executor
-                raise WorkersError(f'{executor!r} has had no workers for {WORKERS_TIMEOUT:g} s; start some')
+                raise WorkersError(f'{executor!r} has had no workers that fit for {WORKERS_TIMEOUT:g} s; start some')
             self.consumer.wait(TICK)
+
+    def _miss_workers(self) -> None:
+        """Say once that there are no workers, when there were none for a while."""
+        if self.consumer.at_once:
+            self._workers_missed = None
+        elif self._workers_missed is None:
+            self._workers_missed = time.monotonic() + WORKERS_PATIENCE
+        elif time.monotonic() > self._workers_missed:
+            logger.warning('%s: waiting for workers, %r has none that fit', self.consumer, self.consumer.executor)
+            self._workers_missed = float('inf')
 
     def _turn(self) -> bool:
         """One round of the loop; returns whether there was anything to do."""
         if not self.lease.valid:
             raise LeaseLostError
         collected = self._collect()
+        self._miss_workers()
         self._tend_source()
         self._hear()
         now = self.lease.now()

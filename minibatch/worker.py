@@ -200,7 +200,7 @@ class Task:
         except BaseException as exc:
             if not (self.remote or isinstance(exc, (Exception, SystemExit))):
                 raise  # Ctrl-C in this very process
-            return _failure(work, exc, by_function=True)
+            return _failure(work, exc, True, window, self._host)
         ended = time.perf_counter()
         return Outcome(
             work.number, result, pickled=self._pickles, missing=window.missing,
@@ -259,13 +259,32 @@ def _window(target: Target, stream: str, work: Work, found: Records) -> MessageW
     return window
 
 
-def _failure(work: Work, exc: BaseException, by_function: bool) -> Outcome:
-    error = connection.masked_text(f'{type(exc).__name__}: {exc}')
+def _failure(
+    work: Work, exc: BaseException, by_function: bool, window: MessageWindow | None = None, host: str = ''
+) -> Outcome:
     trace = exc.__traceback__
     while by_function and trace is not None and trace.tb_frame.f_globals.get('__package__') == __package__:
         trace = trace.tb_next  # the frames above the function say nothing to its author
-    text = connection.masked_text(''.join(traceback.format_exception(type(exc), exc, trace)))
-    return Outcome(work.number, error=error, traceback=text, by_function=by_function)
+    text = _storable(''.join(traceback.format_exception(type(exc), exc, trace)))
+    missing = window.missing if window is not None else 0
+    return Outcome(
+        work.number, error=in_words(exc), traceback=text, by_function=by_function, missing=missing,
+        host=host if missing else '',
+    )  # fmt: skip
+
+
+def in_words(exc: BaseException) -> str:
+    """The type and the text of an exception, whatever it is, as MongoDB can store it, and without passwords."""
+    try:
+        text = str(exc)
+    except Exception as why:
+        text = f'(its text cannot be had: {type(why).__name__})'
+    return _storable(f'{type(exc).__name__}: {text}')
+
+
+def _storable(text: str) -> str:
+    """Without passwords, and as UTF-8 can have it."""
+    return connection.masked_text(text).encode(errors='backslashreplace').decode()
 
 
 class Processed:

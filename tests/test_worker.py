@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
+from processes import started
 from servers import eventually
 
 import minibatch as mb
@@ -275,5 +276,65 @@ def test_one_run_without_any_worker_says_so(url, monkeypatch):
     monkeypatch.setattr('minibatch.planner.WORKERS_TIMEOUT', 0.3)
     stream = mb.stream('s', url=url)
     stream.append({'v': 0})
-    with pytest.raises(WorkersError, match=r'has had no workers for 0\.3 s'):
+    with pytest.raises(WorkersError, match=r'has had no workers that fit for 0\.3 s'):
         mb.make_emitter('s', len, stream=stream, size=1, executor=Arriving(10**9)).run(blocking=False)
+
+
+def test_a_consumer_says_that_it_waits_for_workers(url, monkeypatch, caplog):
+    monkeypatch.setattr('minibatch.planner.WORKERS_PATIENCE', 0.2)
+    stream = mb.stream('s', url=url)
+    stream.append({'v': 0})
+    with started(mb.make_emitter('s', len, stream=stream, size=1, executor=Arriving(10**9))):
+        eventually(lambda: 'waiting for workers' in caplog.text)
+
+
+class WordlessError(Exception):
+    def __str__(self):
+        raise RuntimeError('no text')
+
+
+class Strict:
+    """A sink that takes nothing."""
+
+    def put(self, result):
+        raise ValueError('not this: \udcff')
+
+
+@pytest.mark.parametrize('executor', ['inline', 'processes'])
+@pytest.mark.parametrize(('error', 'said'), [
+    (WordlessError(), 'WordlessError: (its text cannot be had: RuntimeError)'),
+    (ValueError('bad \udcff text'), 'ValueError: bad \\udcff text'), (None, 'sink: ValueError: not this: \\udcff'),
+])
+def test_whatever_an_error_says_its_window_becomes_a_dead_letter(url, executor, error, said):
+    def fn(window):
+        if error is not None:
+            raise error
+
+    stream = mb.stream('s', url=url)
+    stream.append({'v': 0})
+    mb.make_emitter(
+        's', fn, stream=stream, size=1, executor=executor, workers=1, max_attempts=1, sink=Strict()
+    ).run(blocking=False)
+    (dead,) = stream.dead_letters()
+    assert dead.error == said
+
+
+def test_a_function_that_fails_on_what_another_mongodb_has_is_not_to_blame(url, db):
+    class Partly(Abroad):
+        def submit(self, fn):
+            stream = mb.stream('s', url=url.replace(db.name, f'{db.name}_abroad'))
+            if not stream.target.db.buffer.find_one():
+                stream.append_many({'v': v} for v in range(4))
+                stream.target.db.buffer.update_many({}, {'$set': {'producer': db.buffer.find_one()['producer']}})
+            return super().submit(fn)
+
+    def whole(window):
+        assert len(window.data) == 5
+
+    stream = mb.stream('s', url=url)
+    stream.append_many({'v': v} for v in range(5))
+    emitter = mb.make_emitter('s', whole, stream=stream, size=5, executor=Partly(), max_attempts=1)
+    with pytest.raises(WorkersError, match='does not find 1 messages'):
+        emitter.run(blocking=False)
+    db.client.drop_database(f'{db.name}_abroad')
+    assert not stream.dead_letters()

@@ -14,6 +14,7 @@ import asyncio
 import io
 import logging
 import pickle
+import re
 import threading
 import time
 import uuid
@@ -40,6 +41,7 @@ except ImportError as exc:
 
 logger = logging.getLogger(__name__)
 
+ADDRESS = re.compile(r'inproc://.+|\w+://.+:\d+/?')
 AHEAD = 2  # tasks for each thread of a worker, so that it has the next one when it is done
 LOOK_PAUSE = 1.0
 PAUSED_PAUSE = 5.0
@@ -97,7 +99,7 @@ class DaskExecutor:
         if isinstance(scheduler, Client):
             client: Any = scheduler
             scheduler, security = getattr(client.scheduler, 'address', client), security or client.security
-        if not isinstance(scheduler, str) or not scheduler.partition('://')[2]:
+        if not isinstance(scheduler, str) or not ADDRESS.fullmatch(scheduler):
             raise ArgumentError(
                 f'scheduler must be an address like dask://host:8786, or a Client that is connected, not {scheduler!r}'
             )
@@ -118,7 +120,8 @@ class DaskExecutor:
         self._away = self._warned = self._closed = False
 
     def __repr__(self) -> str:
-        return f'DaskExecutor({self.address!r})'
+        needs = f', resources={self.resources!r}' if self.resources else ''
+        return f'DaskExecutor({self.address!r}{needs})'
 
     @property
     def workers(self) -> int:

@@ -98,7 +98,7 @@ def test_the_scheme_of_dask_is_registered_and_nothing_connects_before_it_must():
     assert mb.make_emitter('s', len, size=1, executor='dask://127.0.0.1:1').executor == 'dask://127.0.0.1:1'
 
 
-@pytest.mark.parametrize('address', ['', 'host:8786', 'dask://', None, 7])
+@pytest.mark.parametrize('address', ['dask://127.0.0.1', 'dask://host:abc', '', 'host:8786', 'dask://', None, 7])
 def test_what_is_no_address_is_refused(address):
     with pytest.raises(ArgumentError, match='scheduler must be an address like dask://host:8786'):
         DaskExecutor(address)
