@@ -133,7 +133,7 @@ def streaming(
         executor: where the function runs: 'processes', the default, 'threads', 'inline', an address such as
             'dask://host:8786', or class or instance of anything with ``submit(fn)``.
         workers: how many worker processes, or calls at once; all CPUs by default, or all that the executor has. With
-            1, calls are in the order of the messages.
+            1, calls are in the order of the messages, but for windows that are run again; see `ordered`.
         max_workers: the same as `workers`.
         options: emit_empty, processfn, group, start, max_attempts, timeout, on_error, ordered, lease, stall_after,
             cnx_kwargs; see `WindowEmitter`. `group` names the consumer group: each group gets every message. A window
