@@ -47,6 +47,7 @@ class Consumer:
             fn = Processed(emitter.processfn, fn)
         self._fn = Portable(fn) if fn is not None else None
         self._seconds_per_window: float | None = None
+        self._holds_back = True  # whether the executor itself runs no more at once than it was made for
         self._standing_by = False
 
     @property
@@ -63,7 +64,7 @@ class Consumer:
         most: int | None = getattr(self.executor, 'workers', None)  # see `minibatch.abc.BoundedExecutor`
         if most is not None:
             return min(2 * most, self.emitter.max_workers or 2 * most)
-        if self.emitter.executor is None or executors.takes_workers(self.emitter.executor):
+        if self._holds_back:
             return 2 * self._workers
         return self.emitter.max_workers or 2 * self._workers  # it may run all that it is given at once
 
@@ -153,6 +154,7 @@ class Consumer:
     def _executor(self) -> Iterator[None]:
         """Open the executor, and close it if it was made here."""
         given = self.emitter.executor
+        self._holds_back = given is None or executors.takes_workers(given)
         if given is None:
             with self._limit(), Pool(self._workers, self._fn, self.emitter.stream.target) as self.executor:
                 yield
