@@ -178,6 +178,8 @@ class Task:
             return [_failure(work, exc, by_function=False) for work in self.works]
         outcomes = [self._do(work, found) for work in self.works]
         if self.remote:
+            for outcome in outcomes:
+                outcome.host = platform.node() if outcome.missing else ''
             with suppress(Exception):
                 sys.stdout.flush()
         return outcomes
@@ -192,7 +194,7 @@ class Task:
         if window.missing and not len(window):
             if work.replay:
                 return _failure(work, DataError('the copies of its messages are gone'), by_function=True)
-            return Outcome(work.number, skipped=True, missing=window.missing, host=self._host)
+            return Outcome(work.number, skipped=True, missing=window.missing)
         loaded = time.perf_counter()
         try:
             with self.limit.on(work.number) if self.limit is not None else nullcontext():
@@ -200,17 +202,12 @@ class Task:
         except BaseException as exc:
             if not (self.remote or isinstance(exc, (Exception, SystemExit))):
                 raise  # Ctrl-C in this very process
-            return _failure(work, exc, True, window, self._host)
+            return _failure(work, exc, by_function=True, missing=window.missing)
         ended = time.perf_counter()
         return Outcome(
-            work.number, result, pickled=self._pickles, missing=window.missing,
-            host=self._host if window.missing else '', seconds=ended - started, in_function=ended - loaded,
-            newest=window.newest,
+            work.number, result, pickled=self._pickles, missing=window.missing, seconds=ended - started,
+            in_function=ended - loaded, newest=window.newest,
         )  # fmt: skip
-
-    @property
-    def _host(self) -> str:
-        return platform.node() if self.remote else ''
 
     @property
     def _pickles(self) -> bool:
@@ -259,18 +256,12 @@ def _window(target: Target, stream: str, work: Work, found: Records) -> MessageW
     return window
 
 
-def _failure(
-    work: Work, exc: BaseException, by_function: bool, window: MessageWindow | None = None, host: str = ''
-) -> Outcome:
+def _failure(work: Work, exc: BaseException, by_function: bool, missing: int = 0) -> Outcome:
     trace = exc.__traceback__
     while by_function and trace is not None and trace.tb_frame.f_globals.get('__package__') == __package__:
         trace = trace.tb_next  # the frames above the function say nothing to its author
     text = _storable(''.join(traceback.format_exception(type(exc), exc, trace)))
-    missing = window.missing if window is not None else 0
-    return Outcome(
-        work.number, error=in_words(exc), traceback=text, by_function=by_function, missing=missing,
-        host=host if missing else '',
-    )  # fmt: skip
+    return Outcome(work.number, error=in_words(exc), traceback=text, by_function=by_function, missing=missing)
 
 
 def in_words(exc: BaseException) -> str:
