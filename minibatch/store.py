@@ -376,10 +376,7 @@ def read_records(db: DB, stream: str, span: Span, session: ClientSession | None 
 
 def count_stored(db: DB, stream: str, span: Span) -> int:
     """How many messages of a span are stored."""
-    fields = {'_id': 0, 'offset': 1, 'n': 1}
-    around = _record_around(db, stream, span.producer, span.start, fields)
-    found = db.buffer.find(_log_range(stream, span), fields).sort('offset', 1)
-    return sum(end - first for _, first, end in trim(span, chain([around] if around is not None else [], found)))
+    return sum(end - first for _, first, end in _covering(db, stream, span, {'_id': 0, 'offset': 1, 'n': 1}))
 
 
 class Records:
@@ -448,9 +445,7 @@ def read_messages(
         inner = [name for name in sorted(set(names)) if not any(name.startswith(f'{other}.') for other in names)]
         fields = {'_id': 0, **dict.fromkeys(('offset', 'n', 'created', 'times'), 1)}
         fields.update((f'{where}.{name}', 1) for where in ('data', 'batch') for name in inner)
-    around = _record_around(db, stream, span.producer, span.start, fields, session)
-    found = db.buffer.find(_log_range(stream, span), fields, session=session).sort('offset', 1)
-    for record, first, end in trim(span, chain([around] if around is not None else [], found)):
+    for record, first, end in _covering(db, stream, span, fields, session):
         offset, times, batch = int(record['offset']), times_of(record), record.get('batch')
         for i in range(first, end):
             yield offset + i, times[i], batch[i] if batch else record.get('data', {})
@@ -475,6 +470,15 @@ def trim(span: Span, records: Iterable[Doc]) -> Iterator[tuple[Doc, int, int]]:
         if first < end:
             yield record, first, end
             next_offset = offset + end
+
+
+def _covering(
+    db: DB, stream: str, span: Span, fields: Any, session: ClientSession | None = None
+) -> Iterator[tuple[Doc, int, int]]:
+    """The record batches that hold the messages of a span, as `trim` gives them."""
+    around = _record_around(db, stream, span.producer, span.start, fields, session)
+    found = db.buffer.find(_log_range(stream, span), fields, session=session).sort('offset', 1)
+    return trim(span, chain([around] if around is not None else [], found))
 
 
 def gaps(span: Span, finished: Iterable[Span]) -> Iterator[Span]:
