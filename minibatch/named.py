@@ -279,7 +279,7 @@ def _is_behind(token: Any, there: Any) -> bool:
 
 def _dead_letter(message: SourceMessage) -> _Encoded:
     """The message as the dead-letter stream has it, so that it can be stored whatever it is."""
-    error = message.error[:TEXT_KEPT].encode(errors='backslashreplace').decode()
+    error = store.storable(message.error[:TEXT_KEPT])
     data = message.data[:RAW_KEPT] if isinstance(message.data, (bytes, str)) else message.data
     as_text = {'error': error, 'data': _text(data)}
     for letter, meta in (({'error': error, 'data': data}, message.meta), (as_text, message.meta)):
@@ -306,6 +306,6 @@ def _token_size(token: Any) -> int:
 
 def _text(value: Any) -> str:
     try:
-        return repr(value)[:TEXT_KEPT].encode(errors='backslashreplace').decode()
+        return store.storable(repr(value)[:TEXT_KEPT])
     except Exception:
         return f'<{type(value).__name__}>'

@@ -132,6 +132,11 @@ def _indexed(name: str) -> list[Doc]:
     return [{'stream': name, 'offset': {'$gte': 0}}, {'stream': name, 'offset': None}]
 
 
+def storable(text: str) -> str:
+    """Text as MongoDB can store it: what is no UTF-8 is escaped."""
+    return text.encode(errors='backslashreplace').decode()
+
+
 # --- the log, written
 
 

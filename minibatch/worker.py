@@ -274,8 +274,8 @@ def in_words(exc: BaseException) -> str:
 
 
 def _storable(text: str) -> str:
-    """Without passwords, and as UTF-8 can have it."""
-    return connection.masked_text(text).encode(errors='backslashreplace').decode()
+    """Without passwords, and as MongoDB can store it."""
+    return store.storable(connection.masked_text(text))
 
 
 class Processed:
