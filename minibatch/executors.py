@@ -52,7 +52,7 @@ def resolve(given: Any) -> Any:
     """
     if isinstance(given, str) and given in NAMED:
         return NAMED[given]
-    if isinstance(given, str) or _is_client(given):
+    if _says_where(given):
         _class_of(given)
     elif given is not None and not callable(getattr(given, 'submit', None)):
         raise ArgumentError(f'executor must have a method submit(fn); {given!r} has not')
@@ -67,7 +67,7 @@ def takes_workers(given: Any) -> bool:
 @contextmanager
 def opened(given: Any, workers: int) -> Iterator[Executor]:
     """The executor of a class, an address, a client or an instance; closed at the end if it was made here."""
-    if isinstance(given, str) or _is_client(given):
+    if _says_where(given):
         executor = _class_of(given)(given)
     elif not isinstance(given, type):
         yield given
@@ -80,8 +80,9 @@ def opened(given: Any, workers: int) -> Iterator[Executor]:
         getattr(executor, 'shutdown', lambda: None)()
 
 
-def _is_client(given: Any) -> bool:
-    return bool(_scheme_of(given)) and not isinstance(given, str)
+def _says_where(given: Any) -> bool:
+    """Whether it is an address, or a client that is connected to one."""
+    return isinstance(given, str) or bool(_scheme_of(given))
 
 
 def _scheme_of(given: Any) -> str:
