@@ -253,7 +253,7 @@ def test_a_consumer_that_does_not_take_the_url_is_refused_at_once(make, consumer
         make().start_streaming(consumer)
 
 
-@pytest.mark.parametrize('name', [5, '', 'a\0b'])
+@pytest.mark.parametrize('name', [5, '', 'a\0b', 'x' * 201])
 def test_a_name_of_a_consumer_that_is_none_is_refused(make, name):
     with pytest.raises(ArgumentError, match='name must'):
         make().start_streaming(consume, name=name)

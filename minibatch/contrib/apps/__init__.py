@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = ('127.0.0.1', '::1', 'localhost')
 MAX_BODY = 16_000_000
+MAX_NAME = 200
 MAX_PORT = 65535
 
 
@@ -316,8 +317,8 @@ class StreamingApp:
 
 
 def _check_name(name: Any) -> None:
-    if not isinstance(name, str) or not name.strip() or not name.isprintable():
-        raise ArgumentError(f'name must be a text that can be shown, and not empty, not {name!r}')
+    if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > MAX_NAME:
+        raise ArgumentError(f'name must be a text of 1 to {MAX_NAME} characters that can be shown, not {name!r:.80}')
 
 
 def _takes_url(consumer: Callable[..., Any]) -> bool:
