@@ -194,18 +194,27 @@ class Abroad(InlineExecutor):
         return super().submit(task)
 
 
+@pytest.fixture
+def abroad(url, db):
+    """Append messages in the other database, as if they were the first ones of the stream here."""
+    name = f'{db.name}_abroad'
+
+    def append(count):
+        mb.stream('s', url=url.replace(db.name, name)).append_many({'v': v} for v in range(count))
+        db.client[name].buffer.update_many({}, {'$set': {'producer': db.buffer.find_one()['producer']}})
+    yield append
+    db.client.drop_database(name)
+
+
 @pytest.mark.parametrize('there', [None, 5])
-def test_a_worker_that_reads_another_mongodb_ends_its_consumer_and_no_message_is_lost(url, db, there):
-    elsewhere = db.client[f'{db.name}_abroad']
+def test_a_worker_that_reads_another_mongodb_ends_its_consumer_and_no_message_is_lost(url, abroad, there):
     stream = mb.stream('s', url=url)
     stream.append_many({'v': v} for v in range(10))
     if there:
-        mb.stream('s', url=url.replace(db.name, elsewhere.name)).append_many({'v': v} for v in range(there))
-        elsewhere.buffer.update_many({}, {'$set': {'producer': db.buffer.find_one()['producer']}})
+        abroad(there)
     emitter = mb.make_emitter('s', len, stream=stream, size=10, executor=Abroad())
     with pytest.raises(WorkersError, match=r'does not find (5|10) messages .* is another MongoDB there'):
         emitter.run(blocking=False)
-    db.client.drop_database(elsewhere)
     assert not stream.group().expired
     seen = []
     mb.make_emitter('s', lambda window: seen.extend(window.data), stream=stream, size=10, executor='inline').run(
@@ -319,22 +328,14 @@ def test_whatever_an_error_says_its_window_becomes_a_dead_letter(url, executor, 
     assert dead.error == said
 
 
-def test_a_function_that_fails_on_what_another_mongodb_has_is_not_to_blame(url, db):
-    class Partly(Abroad):
-        def submit(self, fn):
-            stream = mb.stream('s', url=url.replace(db.name, f'{db.name}_abroad'))
-            if not stream.target.db.buffer.find_one():
-                stream.append_many({'v': v} for v in range(4))
-                stream.target.db.buffer.update_many({}, {'$set': {'producer': db.buffer.find_one()['producer']}})
-            return super().submit(fn)
-
+def test_a_function_that_fails_on_what_another_mongodb_has_is_not_to_blame(url, abroad):
     def whole(window):
         assert len(window.data) == 5
 
     stream = mb.stream('s', url=url)
     stream.append_many({'v': v} for v in range(5))
-    emitter = mb.make_emitter('s', whole, stream=stream, size=5, executor=Partly(), max_attempts=1)
+    abroad(4)
+    emitter = mb.make_emitter('s', whole, stream=stream, size=5, executor=Abroad(), max_attempts=1)
     with pytest.raises(WorkersError, match='does not find 1 messages'):
         emitter.run(blocking=False)
-    db.client.drop_database(f'{db.name}_abroad')
     assert not stream.dead_letters()

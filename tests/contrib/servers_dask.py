@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -60,6 +61,11 @@ class Cluster:
 
     def start_scheduler(self) -> None:
         self.scheduler = self._start('scheduler', '--host', '127.0.0.1', '--port', str(self.port), *QUIET)
+
+    def end_scheduler(self, number: int = signal.SIGKILL) -> None:
+        assert self.scheduler, 'not running'
+        self.scheduler.send_signal(number)
+        self.scheduler.wait()
 
     def start_workers(self, count: int, *options: str, scheduler: str = '') -> None:
         """Start so many more, and wait until they are there."""

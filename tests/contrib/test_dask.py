@@ -29,7 +29,8 @@ from minibatch.errors import ArgumentError, PortabilityError
 from minibatch.testing import ListSink
 
 eventually = partial(servers.eventually, timeout=60)  # a cluster takes its time on a machine that is busy
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import it
+for module in (sys.modules[__name__], servers):
+    cloudpickle.register_pickle_by_value(module)  # the workers cannot import it
 
 
 @pytest.fixture(scope='module')
@@ -317,8 +318,7 @@ def test_a_worker_without_minibatch_ends_the_consumer_which_says_what_to_install
 @pytest.mark.parametrize('direct', [True, False])
 def test_a_scheduler_needs_no_minibatch(direct, stream, cluster, without):
     path, cluster.path = cluster.path, without
-    cluster.scheduler.kill()
-    cluster.scheduler.wait()
+    cluster.end_scheduler()
     cluster.start_scheduler()
     cluster.path = path
     cluster.start_workers(1)
@@ -444,8 +444,7 @@ class Waits:
     def __call__(self):
         with MongoClient(*self.address, directConnection=True) as client:
             client[self.name].begun.insert_one({})
-            while not client[self.name].go.find_one():
-                time.sleep(0.02)
+            eventually(client[self.name].go.find_one)
         return os.getpid()
 
 
@@ -515,8 +514,7 @@ def orphan(cluster, clients):
     with cluster.asked():
         executor = DaskExecutor(cluster.address)
         assert executor.workers == 0
-    cluster.scheduler.kill()
-    cluster.scheduler.wait()
+    cluster.end_scheduler()
     clients.timeout = 0.2
     yield executor
     executor.shutdown()
@@ -552,8 +550,7 @@ def test_what_workers_had_that_are_lost_together_with_their_scheduler_has_not_fa
     runs = [executor.submit(Sleep(0.5)) for _ in range(3)]
     cluster.workers[0].kill()
     eventually(lambda: executor.workers == 0)
-    cluster.scheduler.kill()
-    cluster.scheduler.wait()
+    cluster.end_scheduler()
     cluster.start_scheduler()
     cluster.start_workers(1)
     assert {run.result(60) for run in runs} == {cluster.workers[1].pid}
@@ -598,8 +595,7 @@ def test_the_scheduler_is_ended_and_a_new_one_takes_its_address(number, running,
         for _ in range(2):
             count = seen_count(db)
             eventually(lambda count=count: seen_count(db) > count + 30)
-            cluster.scheduler.send_signal(number)
-            cluster.scheduler.wait()
+            cluster.end_scheduler(number)
             eventually(lambda: all(worker.poll() is not None for worker in cluster.workers))
             cluster.start_scheduler()
             cluster.start_workers(2)
