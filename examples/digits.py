@@ -62,7 +62,7 @@ if __name__ == '__main__':
     model = SVC(gamma=0.001).fit(digits.data[:HALF], digits.target[:HALF])
     images = digits.images[HALF:][: (max(int(sys.argv[1]), 20) if len(sys.argv) > 1 else HALF) // SIZE * SIZE]
     done = {f'{n} worker process{"es" * (n > 1)}': measure(f'workers={n}', images, workers=n) for n in (1, 2)}
-    local = {'host': '127.0.0.1', 'dashboard_address': '127.0.0.1:0', 'silence_logs': 'ERROR'}
+    local = {'host': '127.0.0.1', 'dashboard_address': '127.0.0.1:0', 'silence_logs': 'CRITICAL'}  # also when closing
     with LocalCluster(n_workers=2, threads_per_worker=1, **local) as cluster:
         dask = cluster.scheduler_address.replace('tcp', 'dask')
         done['Dask, 2 processes'] = measure("executor='dask://...'", images, executor=dask)
