@@ -22,7 +22,6 @@ def run(url, tmp_path):
     def run(name, *args):
         environment = {**os.environ, 'MINIBATCH_MONGO_URL': url}
         program = [sys.executable, str(EXAMPLES / name), *args]
-        done = subprocess.run(program, capture_output=True, text=True, timeout=180, env=environment, cwd=tmp_path)
         done = subprocess.run(program, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, '')
         return done.stdout
