@@ -214,6 +214,24 @@ def read_extras():
     return config['options.extras_require']
 
 
+@pytest.mark.parametrize('file', ['Dockerfile', 'examples/service/Dockerfile'])
+def test_an_image_is_built_from_what_dockerignore_lets_through(file):
+    ignored, *let_through = [line for line in read_lines(ROOT / '.dockerignore') if not line.startswith('#')]
+    copied = [
+        path
+        for line in read_lines(ROOT / file) if line.startswith('COPY ')
+        for path in line.split()[1:-1]
+    ]  # fmt: skip
+    assert ignored == '*'
+    assert copied
+    assert all((ROOT / path).exists() for path in copied)
+    assert {f'!{path}' for path in copied} <= set(let_through)
+
+
+def read_lines(path):
+    return path.read_text(encoding='utf-8').splitlines()
+
+
 def test_the_extra_all_brings_every_extra_but_omegaml_and_the_development_tools():
     extras = read_extras()
     brought = re.fullmatch(r'minibatch\[(.*)\]', extras['all'].strip()).group(1).split(',')
