@@ -356,6 +356,7 @@ def _connect(url: str, options: dict[str, Any]) -> MongoClient[dict[str, Any]]:
         mock: MongoClient[dict[str, Any]] = _mock_client()
         return mock
     options.setdefault('uuidRepresentation', 'standard')
+    options.setdefault('datetime_conversion', 'DATETIME_AUTO')  # a time beyond the year 9999 must not stop a reader
     options.setdefault('appname', 'minibatch')
     if 'sockettimeoutms=' not in url.lower():  # a server that is frozen must not hold us for ever
         options.setdefault('socketTimeoutMS', SOCKET_TIMEOUT_MS)

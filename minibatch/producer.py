@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import secrets
 import threading
 import time
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import bson
 from bson.binary import UuidRepresentation
+from bson.codec_options import DatetimeConversion
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import BulkWriteError, PyMongoError
 
@@ -40,7 +42,10 @@ INSERT_BYTES = 16 << 20
 CHECKED_BYTES = 64 << 20
 MAX_MESSAGE_BYTES = (16 << 20) - 8192
 MAX_DEPTH = 170
-CODEC: Any = bson.CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
+CODEC: Any = bson.CodecOptions(
+    uuid_representation=UuidRepresentation.STANDARD, datetime_conversion=DatetimeConversion.DATETIME_AUTO
+)
+ODD_UUID = re.compile(rb'\x05[^\0]*\0(?!\x10\0\0\0).{4}\x04', re.DOTALL)  # of any but 16 bytes
 RETRY_PAUSES = (0.1, 1.0)
 ROOM_PAUSES = (0.05, 0.5)
 THREAD_IDLE = 1.0
@@ -425,7 +430,7 @@ def encode(data: Any) -> bytes:
     if type(data) is not dict and not isinstance(data, Mapping):
         raise DataError(f'data must be a mapping such as a dict, not {type(data).__name__}')
     try:
-        raw = bson.encode(data, codec_options=CODEC)
+        raw = _bson(data)
     except Exception as exc:
         path, reason = _culprit(data, exc)
         raise DataError(f'MongoDB cannot store data{path}: {reason}') from None
@@ -469,7 +474,7 @@ def encode_meta(meta: Any) -> RawBSONDocument | None:
     if meta is None:
         return None
     try:
-        return RawBSONDocument(bson.encode({'meta': meta}, codec_options=CODEC))
+        return RawBSONDocument(_bson({'meta': meta}))
     except Exception as exc:
         path, reason = _culprit(meta, exc)
         raise DataError(f'MongoDB cannot store meta{path}: {reason}') from None
@@ -512,7 +517,17 @@ def cuts(
         yield start, end, size
 
 
+def _bson(value: Any) -> bytes:
+    """As MongoDB stores it, if it can be read back from there: what cannot would hold up whoever reads it."""
+    raw = bson.encode(value, codec_options=CODEC)
+    if isinstance(value, RawBSONDocument) or (b'\0\4' in raw and ODD_UUID.search(raw)):
+        bson.decode(raw, CODEC)
+    return raw
+
+
 def _culprit(value: Any, exc: Exception, path: str = '') -> tuple[str, str]:
+    if isinstance(value, RawBSONDocument):
+        return path, str(exc)
     children: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
         for key in value:
@@ -525,7 +540,7 @@ def _culprit(value: Any, exc: Exception, path: str = '') -> tuple[str, str]:
         children = enumerate(value)
     for key, child in children:
         try:
-            bson.encode({'value': child}, codec_options=CODEC)
+            _bson({'value': child})
         except RecursionError:
             return f'{path}[{key!r}]', 'it is nested too deeply, or contains itself'
         except Exception as inner:

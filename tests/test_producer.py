@@ -7,13 +7,14 @@ from datetime import datetime
 
 import bson
 import pytest
+from bson.raw_bson import RawBSONDocument
 from processes import command, prove_log
 from servers import Mongod, Proxy, eventually
 
 import minibatch as mb
 from minibatch import producer
 from minibatch.errors import DataError, ServerError, UnconfirmedError
-from minibatch.producer import RECORD_BYTES, RECORD_MESSAGES, encode, encode_meta
+from minibatch.producer import RECORD_BYTES, RECORD_MESSAGES, encode, encode_both, encode_meta
 
 OUT_OF_DISK_SPACE = 14031
 UNAUTHORIZED = 13
@@ -28,6 +29,7 @@ UNAUTHORIZED = 13
         {'_cls': 'Stream', 'x': {'_cls': 'Window'}},
         {'t': datetime(2020, 1, 1), 'u': uuid.UUID(int=5), 'b': b'x', 'f': 1.5},
         {'text': 'a value that mentions $ref'},
+        {'u': [uuid.UUID(int=5)] * 3, 'b': bson.Binary(b'\0\4' * 3, 5), 'text': '\5a\4\4\4\4', 'a': [[], [5, '\4']]},
     ],
 )
 def test_data_comes_back_as_it_was(data):
@@ -52,11 +54,19 @@ def test_data_must_be_a_mapping(data):
         ({'a': '\ud800'}, r"data\['a'\]"),
         ({'x': {'$ref': 'c', '$id': 1}}, r"\['x'\].*\$ref"),
         ({'big': 'x' * (17 << 20), 'small': 1}, r"data\['big'\]"),
+        ({'a': [1, {'u': bson.Binary(b'0', 4)}]}, r"data\['a'\]\[1\]\['u'\]: cannot decode a uuid from a 1-byte"),
+        ({'a': bson.Binary(b'0' * 17, 4)}, r"data\['a'\]: cannot decode a uuid from a 17-byte"),
+        (RawBSONDocument(bson.encode({'a': 'xx'}).replace(b'xx', b'\xff\xfe')), "data: 'utf-8' codec can't decode"),
     ],
 )
 def test_what_mongodb_cannot_store_is_refused_with_the_key(data, named):
     with pytest.raises(DataError, match=named):
         encode(data)
+
+
+def test_what_is_said_of_a_message_must_be_readable_too():
+    with pytest.raises(DataError, match=r"meta\['u'\]: cannot decode a uuid"):
+        encode_both({}, {'u': bson.Binary(b'0', 4)})
 
 
 def test_data_that_contains_itself_is_refused():
