@@ -6,14 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from datetime import datetime
 
 import psutil
 import pytest
+from bson.datetime_ms import DatetimeMS
+from click.testing import CliRunner
 from servers import Proxy, eventually
 
 import minibatch as mb
-from minibatch.cli import reading
+from minibatch.cli import main, reading
 
 
 def stored(url, name='s'):
@@ -67,6 +70,8 @@ def test_nothing_is_appended_from_nothing(run, db, given):
     (b'{"$date": "2026-01-31T12:00:00Z"}', 'a message must be a JSON object, not a value of Extended JSON'),
     (b'{"a": {"$date": "quatsch"}}', "not Extended JSON: time data 'quatsch' does not match"),
     (b'{"a": {"$oid": "quatsch"}}', "not Extended JSON: 'quatsch' is not a valid ObjectId"),
+    (b'{"a": NaN}', 'not JSON: NaN is no number of it'),
+    (b'{"a": -Infinity}', 'not JSON: -Infinity is no number of it'),
     (b'{"a": ' + b'[' * 100_000, 'nested too deeply'),
     (b'{"a": 99999999999999999999}', "MongoDB cannot store data['a']: MongoDB can only handle up to 8-byte ints"),
     (b'{"a": {"b\\u0000": 1}}', "MongoDB cannot store data['a']: its key 'b\\x00' contains a NUL"),
@@ -94,6 +99,14 @@ def test_for_scripts_it_is_said_as_json_where_to_go_on(run, tmp_path):
         'stream': 's', 'appended': 2, 'go_on_from': 3, 'unconfirmed': 0,
         'error': f'{path}: line 3: not JSON: Expecting property name enclosed in double quotes at column 2',
     }  # fmt: skip
+
+
+@pytest.mark.parametrize('given', [b'', b'{"a": 1}\n'])
+def test_a_stream_without_a_name_is_refused_before_anything_is_read(url, db, given):
+    done = CliRunner().invoke(main, ['append', '', '--url', url], input=given)
+    assert (done.exit_code, done.stdout) == (1, '')
+    assert done.stderr == "error: the name of a stream must be a string that is not empty, not ''\n"
+    assert db.list_collection_names() == []
 
 
 @pytest.mark.parametrize('given', [b'[{"a": 1}, 5]', b'[{"a": 1}, {"b": 2}', b'{\n"a": 1,\n}'])
@@ -179,7 +192,8 @@ def test_lines_are_cut_right_however_they_arrive():
 
 
 def test_what_tail_prints_can_be_appended_again(run, url):
-    data = {'at': datetime(2026, 1, 31), 'v': 1.5, 'text': 'a\x1b[31m\u202eb', 'big': 2**40, 'none': None}
+    data = {'at': datetime(2026, 1, 31), 'v': 1.5, 'text': 'a\x1b[31m\u202eb', 'big': 2**40, 'none': None,
+            'id': uuid.UUID(int=5), 'far': DatetimeMS(2**60)}  # fmt: skip
     mb.stream('one', url=url).append(data)
     _, out, _ = run('tail one --no-follow')
     assert out.replace('\n', '').isprintable()

@@ -56,6 +56,9 @@ def append(
       mosquitto_sub -t sensors | minibatch append temperature
       minibatch append temperature readings.ndjson --from 500001
     """
+    from ..models import check_name
+
+    check_name('the name of a stream', name)
     find_target(url)
     source = Input(file)
     work = Appending(name, url, source, batch, timeout)

@@ -24,8 +24,10 @@ def plain(text: str) -> str:
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object, in one line, all that is not printable escaped."""
     from bson import json_util
+    from bson.binary import UuidRepresentation
 
-    text = json_util.dumps(value, json_options=json_util.RELAXED_JSON_OPTIONS, ensure_ascii=False)
+    options = json_util.RELAXED_JSON_OPTIONS.with_options(uuid_representation=UuidRepresentation.STANDARD)
+    text = json_util.dumps(value, json_options=options, ensure_ascii=False)
     click.echo(text if text.isprintable() else ''.join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 CHUNK = 1 << 20
 BOM = b'\xef\xbb\xbf'
@@ -116,7 +117,7 @@ def _load(raw: bytes) -> Any:
     try:
         text = raw.decode()
         if '"$' not in text:
-            return json.loads(text)
+            return DECODER.decode(text)
         return _extended(text)
     except json.JSONDecodeError as exc:
         place = f'line {exc.lineno} column {exc.colno}' if b'\n' in raw else f'column {exc.colno}'
@@ -127,11 +128,26 @@ def _load(raw: bytes) -> Any:
         raise ValueError('nested too deeply') from None
 
 
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f'not JSON: {constant} is no number of it')
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse)
+
+
+@cache
+def _options() -> Any:
+    from bson import json_util
+    from bson.codec_options import DatetimeConversion
+
+    return json_util.JSONOptions(tz_aware=False, datetime_conversion=DatetimeConversion.DATETIME_AUTO)
+
+
 def _extended(text: str) -> Any:
     from bson import json_util
 
     try:
-        return json_util.loads(text)
+        return json_util.loads(text, json_options=_options())
     except (json.JSONDecodeError, RecursionError):
         raise
     except Exception as exc:  # of many kinds

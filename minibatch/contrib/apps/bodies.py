@@ -7,12 +7,14 @@ import re
 from typing import Any, NoReturn
 
 from bson import json_util
+from bson.binary import UuidRepresentation
 
 from minibatch.errors import DataError
 
 LINES_TYPES = {'application/x-ndjson', 'application/ndjson', 'application/jsonl', 'application/x-jsonlines'}
 TYPES = {'application/json', *LINES_TYPES}
 MAX_SHOWN = 200
+OPTIONS = json_util.RELAXED_JSON_OPTIONS.with_options(uuid_representation=UuidRepresentation.STANDARD)
 
 
 def read_messages(body: bytes, content_type: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -78,5 +80,5 @@ def _message(found: Any, where: str) -> dict[str, Any]:
 
 def as_json(value: Any) -> str:
     """JSON text of anything that MongoDB can store; what JSON has no word for is relaxed extended JSON."""
-    text: str = json_util.dumps(value, json_options=json_util.RELAXED_JSON_OPTIONS, separators=(',', ':'))
+    text: str = json_util.dumps(value, json_options=OPTIONS, separators=(',', ':'))
     return text
