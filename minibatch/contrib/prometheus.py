@@ -110,7 +110,9 @@ def _gauges(found: list[tuple[tuple[str, str], Any]]) -> Iterator[Metric]:
         'lag_messages': ('Messages that the group has not finished.', lambda status: status.lag.messages),
         'lag_seconds': ('Age of the oldest of them.', lambda status: status.lag.seconds),
         'in_flight': ('Windows that are claimed and not finished.', lambda status: status.in_flight),
-        'workers': ('Workers of the consumer that leads.', lambda status: status.group.workers),
+        'workers': (
+            'Workers of the consumer that leads.', lambda status: status.group.workers if status.group.owner else 0,
+        ),
         'stalled': ('1 if windows wait and none is finished.', lambda status: int(status.group.stalled is not None)),
     }
     for name, (text, value) in values.items():

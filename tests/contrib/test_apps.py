@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+import uuid
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
 
@@ -360,7 +361,7 @@ def test_what_a_page_of_the_user_refuses_and_a_server_of_theirs_are_left_to_flas
 @pytest.fixture
 def letters(url):
     """Three dead letters, of a stream with a slash in its name."""
-    mb.stream('plant/3', url=url).append_many({'i': i, 'id': ObjectId()} for i in range(6))
+    mb.stream('plant/3', url=url).append_many({'i': i, 'id': ObjectId(), 'uuid': uuid.uuid4()} for i in range(6))
     round_of(url, fail, 'plant/3', max_attempts=1)
     found = mb.stream('plant/3', url=url).dead_letters()
     assert len(found) == 3
@@ -506,6 +507,20 @@ def test_the_endpoints_can_be_a_part_of_another_flask_app(make, url):
     assert client.get('/minibatch/health').status_code == 200
     assert client.post('/minibatch/streams/test', json={'i': 0}, headers=AUTH).status_code == 201
     assert app.server is server
+
+
+def test_the_app_is_a_blueprint_of_flask(make, url):
+    server, app = Flask('mine'), make()
+    server.register_blueprint(app, url_prefix='/one')
+    server.register_blueprint(make(name='two v1.1'), url_prefix='/two')
+    with pytest.raises(ArgumentError, match="has a blueprint 'minibatch' already; give this one another name="):
+        make(server=server, url_prefix='/three')
+    client = server.test_client()
+    assert [client.get(f'/{path}/status').json['name'] for path in ('one', 'two')] == ['minibatch', 'two v1.1']
+    assert client.post('/two/streams/test', json={'i': 0}, headers=AUTH).status_code == 201
+    assert app.server is server
+    with pytest.raises(ArgumentError, match="'minibatch' is in a Flask app already"):
+        Flask('other').register_blueprint(app)
 
 
 def test_a_route_is_added_unless_it_is_taken(make):

@@ -149,6 +149,21 @@ def test_while_a_consumer_ends_nobody_is_told_that_its_exit_code_is_none(make, m
     assert (status['state'], status['exit_code'], status['pid']) == ('waiting', 1, None)
 
 
+def reveals(url):
+    raise RuntimeError('cannot open mongodb://me:secret@host/db')
+
+
+def test_no_password_is_in_what_a_consumer_leaves(make, quick, capfd):
+    app = make()
+    app.start_streaming(reveals)
+    eventually(lambda: app.consumers[0].restarts)
+    app.stop()
+    said = capfd.readouterr().err
+    assert 'Traceback' in said
+    assert 'RuntimeError: cannot open mongodb://me:***@host/db' in said
+    assert 'secret' not in said
+
+
 def test_the_last_words_of_a_consumer_are_kept_and_its_pauses_grow(make, quick, caplog):
     app = make()
     app.start_streaming(broken, name='mine')

@@ -53,7 +53,7 @@ def test_metrics_tell_what_status_tells(url, consumed):
     assert found['minibatch_appended_total'] == {(('stream', 'test'),): 12}
     expected = {
         'processed_total': 5, 'windows_total': 1, 'failed_total': 1, 'retried_total': 1, 'dead_letters': 1,
-        'late_total': 0, 'expired_total': 0, 'lag_messages': 2, 'in_flight': 0, 'workers': 3, 'stalled': 0,
+        'late_total': 0, 'expired_total': 0, 'lag_messages': 2, 'in_flight': 0, 'workers': 0, 'stalled': 0,
         'last_commit_timestamp_seconds': group.group.committed.timestamp(),
     }
     assert {name: found[f'minibatch_{name}'][GROUP] for name in expected} == expected
@@ -79,7 +79,7 @@ def test_who_leads_and_what_is_stalled_can_be_seen(url, db, consumed):
     db.group.update_one({}, {'$set': {'stalled': datetime(2026, 1, 31), 'lease': lease}})
     found = values(metrics_text(mb.status(url)))
     assert found['minibatch_lease_owner'] == {(('group', 'default'), ('owner', 'h"\\\n:7'), ('stream', 'test')): 1}
-    assert found['minibatch_stalled'][GROUP] == 1
+    assert (found['minibatch_stalled'][GROUP], found['minibatch_workers'][GROUP]) == (1, 3)
 
 
 def test_names_with_anything_in_them_are_escaped(url):

@@ -8,7 +8,7 @@
     app = StreamingApp()
 
     def consumer(url):
-        @mb.streaming('readings', size=10, url=url)
+        @mb.streaming('readings', size=2, url=url)
         def process(window):
             print(window.data)
 
@@ -28,11 +28,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
 try:
-    from flask import Flask
+    from flask import Blueprint, Flask
 except ImportError:
     raise ImportError('minibatch.contrib.apps needs Flask: pip install minibatch[apps]') from None
 
@@ -42,7 +42,7 @@ from minibatch.errors import ArgumentError
 from .security import HOW_TO, Guard, Refused
 from .serving import Server
 from .supervisor import ConsumerProcess, is_consumer_process
-from .views import make_blueprint, not_routed, refusal
+from .views import add_views, not_routed, refusal
 from .watching import Look, Watcher
 
 __all__ = ['StreamingApp']
@@ -55,8 +55,8 @@ MAX_NAME = 200
 MAX_PORT = 65535
 
 
-class StreamingApp:
-    """A web app with consumers behind it.
+class StreamingApp(Blueprint):
+    """A web app with consumers behind it: a Flask blueprint, which makes a Flask app of its own when it needs one.
 
     It serves ``/``, a live dashboard; ``/status``, ``/health`` and ``/metrics`` for machines; ``POST /streams/NAME`` to
     append; ``/streams/NAME/tail``; and ``/dead``, dead letters to be looked at, replayed and discarded. What changes
@@ -65,7 +65,7 @@ class StreamingApp:
     Args:
         name: what the dashboard calls it.
         uri: the same as `url`.
-        server: a Flask app of yours, to which the endpoints are added; without it the app makes one.
+        server: a Flask app of yours, to which the endpoints are added, as ``server.register_blueprint(app)`` does.
         on: an omega|ml instance, whose MongoDB is meant.
         token: what clients must send, as ``Authorization: Bearer TOKEN``, to change something; without it the
             environment variable MINIBATCH_APP_TOKEN.
@@ -114,7 +114,8 @@ class StreamingApp:
         for option, value in {'max_body': max_body, 'listeners': listeners, 'timeout': timeout}.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ArgumentError(f'{option} must be a number above 0, not {value!r}')
-        self.name, self.max_body, self.listeners, self.timeout = name, max_body, listeners, timeout
+        super().__init__(name.replace('.', '-'), __name__, url_prefix=url_prefix)
+        self.title, self.max_body, self.listeners, self.timeout = name, max_body, listeners, timeout
         self.guard = Guard(token, private, hosts)
         self._target = None if url is None else target(url)
         self.watcher = Watcher(lambda: self.url)
@@ -123,8 +124,11 @@ class StreamingApp:
         self._pid = os.getpid()
         self._web: Server | None = None
         self._thread: threading.Thread | None = None
-        self.server = server or self._make_server()
-        self.server.register_blueprint(make_blueprint(self), url_prefix=url_prefix)
+        self._server: Flask | None = None
+        self._making = threading.Lock()
+        add_views(self)
+        if server is not None:
+            server.register_blueprint(self)
 
     def _make_server(self) -> Flask:
         server = Flask(__name__, static_folder=None)
@@ -134,7 +138,31 @@ class StreamingApp:
             server.register_error_handler(status, not_routed)
         return server
 
+    def register(self, app: Any, options: dict[str, Any]) -> None:
+        """Add the endpoints to a Flask app; ``flask_app.register_blueprint(app)`` calls it.
+
+        Raises:
+            ArgumentError: if they are in one already, or another app of this name is.
+        """
+        if self._server is not None:
+            raise ArgumentError(
+                f'{self.title!r} is in a Flask app already; register it before its first route, and only once'
+            )
+        name = options.get('name', self.name)
+        if name in app.blueprints:
+            raise ArgumentError(f'the Flask app has a blueprint {name!r} already; give this one another name=')
+        super().register(app, options)
+        self._server = app
+
     # --- what it is
+
+    @property
+    def server(self) -> Flask:
+        """The Flask app with the endpoints; if it was added to none, one is made."""
+        with self._making:
+            if self._server is None:
+                self._make_server().register_blueprint(self)
+            return cast(Flask, self._server)
 
     @property
     def url(self) -> str:
@@ -229,7 +257,7 @@ class StreamingApp:
             MinibatchError: if the address is taken.
         """
         web = self._listen(host, port)
-        print(f'{self.name}: {web.url} (Ctrl-C stops it)', file=sys.stderr, flush=True)
+        print(f'{self.title}: {web.url} (Ctrl-C stops it)', file=sys.stderr, flush=True)
         try:
             with self._signals():
                 web.serve()

@@ -42,7 +42,7 @@ def main() -> None:
         threading.Thread(target=_follow, args=(parent,), name='minibatch-app-parent', daemon=True).start()
         consumer(url)
     except Exception as exc:
-        traceback.print_exc()
+        print(masked_text(traceback.format_exc()), end='', file=sys.stderr, flush=True)
         said = masked_text(f'{type(exc).__name__}: {exc}').encode(errors='replace')
         os.write(words, said[:MAX_WORDS])
         sys.exit(1)

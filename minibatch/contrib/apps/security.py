@@ -76,7 +76,8 @@ class Guard:
         host = re.sub(r':\d+$', '', request.host.lower()).strip('[]').rstrip('.')
         if '*' in self._hosts or host in self._hosts or host.endswith('.localhost') or _is_address(host):
             return
-        raise Refused(421, f'this app is not known as {host[:200]!r}; start it with hosts=[...] if that is right')
+        raise Refused(421, f'this app is not known as {host[:200]!r}; start it with hosts=[...], or '
+                      f'`minibatch app --allow-host NAME`, if that is right')
 
     def check_reader(self) -> None:
         """Refuse who may not read."""

@@ -187,12 +187,12 @@ class ConsumerProcess:
             pipe.flush()
 
     def _wait(self, pid: int) -> None:
-        while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
-            if self._stopped.is_set() and time.monotonic() > self._deadline:
+        killed = False
+        while not _has_ended(pid):
+            if not killed and self._stopped.is_set() and time.monotonic() > self._deadline:
                 logger.warning('consumer %r did not end in time, it is killed', self.name)
                 self._signal(signal.SIGKILL)
-                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-                return
+                killed = True
             time.sleep(POLL)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -208,6 +208,14 @@ class ConsumerProcess:
             return ''
         finally:
             os.close(self._words)
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a child has ended; unlike ``Popen.poll`` it leaves the number to it."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _await_end(group: int) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from flask import Blueprint, Response, request
+from flask import Response, request
 from pymongo.errors import PyMongoError
 from werkzeug.exceptions import HTTPException
 
@@ -32,10 +32,9 @@ MAX_LOADED = 10_000
 RETRY_SECONDS = 5
 
 
-def make_blueprint(app: StreamingApp) -> Blueprint:
-    """The endpoints of an app, to be registered with a Flask app."""
+def add_views(app: StreamingApp) -> None:
+    """Add its endpoints to an app."""
     views = _Views(app)
-    blueprint = Blueprint('minibatch', __name__)
     for rule, view, method in (
         ('/', views.dashboard, 'GET'),
         ('/health', views.health, 'GET'),
@@ -50,11 +49,10 @@ def make_blueprint(app: StreamingApp) -> Blueprint:
         ('/dead/replay', views.replay, 'POST'),
         ('/dead/discard', views.discard, 'POST'),
     ):
-        blueprint.add_url_rule(rule, view_func=view, methods=[method])
-    blueprint.before_request(app.guard.check_host)
-    blueprint.after_request(security.harden)
-    blueprint.register_error_handler(Exception, _on_error)
-    return blueprint
+        app.add_url_rule(rule, view_func=view, methods=[method])
+    app.before_request(app.guard.check_host)
+    app.after_request(security.harden)
+    app.register_error_handler(Exception, _on_error)
 
 
 class _Views:
@@ -88,7 +86,7 @@ class _Views:
         look = self._watcher.look()
         return _answer(
             {
-                'name': self._app.name,
+                'name': self._app.title,
                 'time': look.time,
                 'error': look.error or None,
                 'problems': self._app.problems(look),
