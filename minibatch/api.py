@@ -169,6 +169,8 @@ def streaming(
     }
     _refuse_unknown('streaming', options, (*EMITTER_OPTIONS, 'stream'))
     check_name('the name of a stream', name)
+    if not isinstance(blocking, bool):
+        raise ArgumentError(f'blocking must be True or False, not {blocking!r}')
     decorator = Streaming(name, blocking, given)
     return decorator if fn is None else decorator(fn)
 
@@ -222,8 +224,11 @@ def _make(
     stream = options.get('stream')
     if stream is not None and (not isinstance(stream, Stream) or stream.name != name or url is not None):
         raise ArgumentError(f'stream must be the open Stream named {name!r}, without url=')
-    if not isinstance(keep, bool):
-        raise ArgumentError(f'keep must be True or False, not {keep!r}')
+    unset = {'relaxed': relaxed, 'emit_empty': options.get('emit_empty')}
+    flags = {'keep': keep, 'ordered': options.get('ordered', False)}
+    for option, value in {**flags, **{name: flag for name, flag in unset.items() if flag is not None}}.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f'{option} must be True or False, not {value!r}')
     _check_contract('sink', sink, Sink, 'a method put(messages)')
     _check_contract('source', options['source'], Source, 'the methods stream and cancel')
     if options['queue'] is not None and not hasattr(options['queue'], 'get'):

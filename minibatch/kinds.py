@@ -53,6 +53,8 @@ def check(given: dict[str, Any]) -> None:
     for name in ('max_open_windows', 'overflow'):
         if name in names and not assigned:
             raise ArgumentError(f'{name} goes with key, timestamp, slide or gap: without them one window is open')
+    if given.get('emit_empty') and 'size' in names:
+        raise ArgumentError('emit_empty=True goes with interval, not with size: a window of N messages is never empty')
     if given.get('emit_empty') and assigned:
         option = sorted(assigned)[0]
         raise ArgumentError(f'emit_empty=True does not go with {option}: such a window begins with its first message')

@@ -35,6 +35,12 @@ def process(window):
         ({'size': 1, 'queue': 3}, 'queue must have'),
         ({'emitter': dict}, 'emitter must be a subclass'),
         ({'size': 1, 'lease': -1}, 'lease'),
+        ({'interval': 1, 'relaxed': 0}, 'relaxed must be True or False, not 0'),
+        ({'interval': 1, 'relaxed': 'False'}, "relaxed must be True or False, not 'False'"),
+        ({'interval': 1, 'emit_empty': 'no'}, "emit_empty must be True or False, not 'no'"),
+        ({'size': 1, 'ordered': 'no'}, "ordered must be True or False, not 'no'"),
+        ({'size': 1, 'keep': 1}, 'keep must be True or False, not 1'),
+        ({'size': 1, 'blocking': 'no'}, "blocking must be True or False, not 'no'"),
     ],
 )
 def test_a_wrong_option_of_streaming_is_named(options, named):
@@ -121,6 +127,7 @@ def test_the_options_choose_the_window(options, expected):
         ({'size': 2, 'relaxed': False}, 'relaxed goes with interval, not with size'),
         ({'interval': 2, 'key': 'k', 'emit_empty': True}, 'emit_empty=True does not go with key'),
         ({'gap': 2, 'emit_empty': True}, 'emit_empty=True does not go with gap'),
+        ({'size': 2, 'emit_empty': True}, 'emit_empty=True goes with interval, not with size'),
         ({'interval': 2, 'max_open_windows': 5}, 'max_open_windows goes with key'),
         ({'size': 2, 'overflow': 'close'}, 'overflow goes with key'),
         ({'interval': 2, 'timestamp': 't', 'late': 'other'}, "late must be 'drop' or a Stream"),

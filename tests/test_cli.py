@@ -81,6 +81,7 @@ def test_help_loads_neither_the_demo_nor_rich():
     'groups reset s g --to tomorrow', 'dead replay', 'dead replay x --all s', 'dead discard x --group g',
     'dead list --group g', 'reset s g', 'append', 'append s no-such-file', 'append s --from 0', 'tail',
     'tail s --last -1', 'lag s --every 0', 'run', 'run m --workers 0', 'completion tcsh', 'app --port 70000',
+    'groups --json list', 'groups --url mongodb://x/y list',
 ])  # fmt: skip
 def test_wrong_usage_ends_with_code_2(words):
     result = CliRunner().invoke(main, words.split())
@@ -218,8 +219,9 @@ def test_groups_are_listed_as_a_table_and_as_json(run, stream):
     assert first.split()[:3] == ['raw/s', 'default', '10']
     assert first.split()[4:] == [f'{me["host"]}:{me["pid"]}', '0', '0', '0', '2', '0', '-']
     assert second.split()[4:] == ['-', '0', '0', '0', '0', '0', '2026-01-31', '00:00:00']
-    assert run('groups list')[1].splitlines()[0] == heads
+    assert run('groups list')[1].splitlines()[0] == run('groups')[1].splitlines()[0] == heads
     default, idle = json.loads(run('groups list --json')[1])['groups']
+    assert [group['name'] for group in json.loads(run('groups --json')[1])['groups']] == ['default', 'idle']
     assert (default['name'], default['lag']['messages'], default['dead'], default['failed']) == ('default', 10, 2, 0)
     assert (idle['owner'], idle['stalled']) == (None, '2026-01-31T00:00:00+00:00')
 

@@ -34,16 +34,24 @@ def _place(ctx: click.Context, param: click.Parameter, value: str) -> str | date
         ) from None
 
 
-@click.group('groups')
-def groups_() -> None:
-    """The consumer groups of streams: how far each is behind, and who leads it.
+@click.group('groups', invoke_without_command=True)
+@url_option
+@as_json
+@click.pass_context
+def groups_(ctx: click.Context, url: str | None, as_json: bool) -> None:
+    """The consumer groups of streams: how far each is behind, and who leads it. Without a command it lists all.
 
     \b
     Examples:
-      minibatch groups list
+      minibatch groups
+      minibatch groups list temperature
       minibatch groups reset temperature default --to earliest
       minibatch groups delete temperature alerts
     """
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(list_groups, stream=None, url=url, as_json=as_json)
+    elif url is not None or as_json:
+        raise click.UsageError('options go behind the command, as in `minibatch groups list --json`')
 
 
 @groups_.command('list')

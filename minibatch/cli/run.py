@@ -82,17 +82,21 @@ def run(module: str, workers: int | None, log_level: str) -> None:
 @click.option('--port', type=click.IntRange(0, 65535), default=5000, show_default=True, help='The port.')
 @click.option('--token', envvar='MINIBATCH_APP_TOKEN', help='Who has it may append, replay and discard. Without it '
               'nothing can be changed. Better by MINIBATCH_APP_TOKEN: others see arguments.')  # fmt: skip
-def app(url: str | None, host: str, port: int, token: str | None) -> None:
+@click.option('--private', is_flag=True, help='Ask for the token to read, too.')
+@click.option('--allow-host', 'hosts', multiple=True, metavar='NAME', help='A name by which the app may be asked, '
+              'besides localhost, the name of this machine, and addresses; may be given several times.')  # fmt: skip
+def app(url: str | None, host: str, port: int, token: str | None, private: bool, hosts: tuple[str, ...]) -> None:
     """The dashboard: streams, consumer groups and dead letters in a web page, until Ctrl-C.
 
     \b
     Examples:
       minibatch app
       MINIBATCH_APP_TOKEN=... minibatch app --port 8080
+      MINIBATCH_APP_TOKEN=... minibatch app --host 0.0.0.0 --private --allow-host streams.example.org
     """
     try:
         from ..contrib.apps import StreamingApp
     except ImportError as exc:
         raise MinibatchError(str(exc)) from exc
     logging.basicConfig(level='INFO', format='%(asctime)s %(levelname)-7s %(name)s: %(message)s')
-    StreamingApp(uri=url, token=token).run(host=host, port=port)
+    StreamingApp(uri=url, token=token, private=private, hosts=hosts).run(host=host, port=port)
