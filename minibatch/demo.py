@@ -205,12 +205,12 @@ class Demo:
         self._window, self._workers = window, workers
         self._embedded = not url and not any(os.environ.get(name) for name in URL_VARIABLES)
         self._interrupted = threading.Event()
-        self._streaming = False
+        self._streaming = self._draining = False
         self._console = Console(highlight=False)
 
     def run(self) -> int:
         """Stream for a while, drain, and sum up; 1 if messages were lost or something failed."""
-        with signals.handled(self._interrupt, lambda number: self._interrupt()):
+        with signals.handled(self._interrupt, self._insist):
             where = self._connect()
             remove_old_runs(where)
             began = now()
@@ -260,6 +260,7 @@ class Demo:
             try:
                 self._wait(show, lambda: any(thread.error for thread in threads), self.ends)
                 self.feeder.stop()
+                self._draining = True
                 self._interrupted.clear()
                 deadline = time.monotonic() + self._window + DRAIN_SECONDS
                 self._wait(show, lambda: consumer.error or self.recorder.messages >= self.feeder.appended, deadline)
@@ -275,7 +276,14 @@ class Demo:
             show()
 
     def _interrupt(self) -> None:
-        """End what is waited for, and the demo if nothing was streamed yet."""
+        """Feed no more, and process what was fed; end the demo if nothing was streamed yet."""
+        if not self._streaming:
+            raise KeyboardInterrupt
+        if not self._draining:
+            self._interrupted.set()
+
+    def _insist(self, number: int) -> None:
+        """Do not wait for the last windows."""
         self._interrupted.set()
         if not self._streaming:
             raise KeyboardInterrupt

@@ -52,6 +52,7 @@ START_TIMEOUT = 120.0  # recovery of the journal after a crash is part of the st
 POLL = 0.01
 LOG_SIZE = 10_000_000
 SOCKET_NAME = 'mongodb-27017.sock'  # mongod's own default name: with any other it makes a second socket
+OURS = ('lock', 'state.json', 'data', 'mongod')  # how the names in the home begin
 SOCKET_PATH_MAX = 100  # bytes; the kernel's limit is 107 on Linux, 103 on macOS
 OPTIONS = (
     '--replSet', 'minibatch', '--filePermissions', '0700', '--quiet', '--slowms', '1000',
@@ -235,7 +236,8 @@ def _make_private(folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         owned = _owned(folder)
-        if owned:
+        shared = owned and _serves_others(folder)
+        if owned and not shared:
             folder.chmod(0o700)
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -243,6 +245,14 @@ def _make_private(folder: Path) -> None:
                                   ) from error
     if not owned:
         raise EmbeddedServerError(f'The folder {folder} of the embedded MongoDB is not yours. {OTHER_HOME}')
+    if shared:
+        raise EmbeddedServerError(f'The folder {folder} has other things, and others may use it. Name a new one by '
+                                  f'MINIBATCH_HOME, or close this one to others: chmod 700 {folder}')
+
+
+def _serves_others(folder: Path) -> bool:
+    """Whether others may look into a folder, and there is something in it that is not of the embedded MongoDB."""
+    return bool(folder.stat().st_mode & 0o077) and any(not path.name.startswith(OURS) for path in folder.iterdir())
 
 
 def _socket_path(home: Path) -> str:

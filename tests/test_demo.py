@@ -141,6 +141,15 @@ def test_a_second_ctrl_c_does_not_wait_and_counts_what_was_not_processed(url):
     assert process.returncode == (1 if found['messages lost'] else 0)
 
 
+def test_the_first_ctrl_c_leaves_time_for_what_was_fed(url):
+    run = demo.Demo(url, 1, 1, 1, 1)
+    run._streaming = run._draining = True
+    run._interrupt()
+    assert not run._interrupted.is_set()
+    run._insist(signal.SIGINT)
+    assert run._interrupted.is_set()
+
+
 def test_a_reader_that_goes_away_leaves_no_process_behind(url):
     with running(url) as process:
         children = children_of(process)

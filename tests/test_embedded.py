@@ -217,6 +217,16 @@ def test_folders_and_socket_are_closed_to_others_and_no_port_is_open(home):
     assert len(list(home.rglob('*.sock'))) == 1
 
 
+def test_a_folder_of_other_things_is_left_as_it_is(home):
+    home.mkdir(mode=0o755)
+    (home / 'theirs').touch()
+    with pytest.raises(EmbeddedServerError, match='has other things, and others may use it'):
+        embedded.start()
+    assert (mode(home), [path.name for path in home.iterdir()]) == (0o755, ['theirs'])
+    home.chmod(0o700)
+    embedded.start()
+
+
 @pytest.mark.parametrize('name', ['long' * 40, 'com,ma', 'co:lon', 'ümläut', 'blank space'])
 def test_a_home_whose_path_does_not_fit_a_socket_listens_in_a_short_private_folder(
         home, short, database, monkeypatch, name):
