@@ -213,8 +213,8 @@ def test_a_function_that_hangs_is_ended_after_its_timeout_and_the_neighbours_are
     appended(stream, 0, 0, 100)
     emitter = mb.make_emitter('s', hangs, stream=stream, size=5, workers=2, timeout=0.5, max_attempts=2, sink=seen)
     with started(emitter):
-        (letter,) = eventually(lambda: dead(db), 30)
-        eventually(lambda: seen.count() == 95, 30)
+        (letter,) = eventually(lambda: dead(db))
+        eventually(lambda: seen.count() == 95)
     assert letter['error'] == 'TimeoutError: the function did not return within timeout=0.5 s'
     assert 'in hangs' in letter['traceback']
     assert 'minibatch/worker.py' not in letter['traceback']
@@ -230,8 +230,8 @@ def test_a_function_that_ends_its_worker_is_a_dead_letter_and_the_neighbours_are
     seen = Seen()
     appended(stream, 0, 0, 100)
     with started(mb.make_emitter('s', dies, stream=stream, size=5, workers=2, max_attempts=2, sink=seen)):
-        (letter,) = eventually(lambda: dead(db), 30)
-        eventually(lambda: seen.count() == 95, 30)
+        (letter,) = eventually(lambda: dead(db))
+        eventually(lambda: seen.count() == 95)
     assert letter['error'].startswith('WorkerDied: the worker process ended while it ran the function, {EXIT(3)')
     assert letter['attempts'] == 2
     assert {result['attempt'] for result in seen} == {1}
@@ -311,6 +311,7 @@ def test_an_idle_consumer_is_not_stalled(stream, db, caplog):
         eventually(lambda: db.group.find_one({'windows': 1}))
         emitter.stream.append({'source': 0, 'seq': 15})
         eventually(lambda: emitter._consumer is not None and db.buffer.count_documents({}) <= 2)
+        caplog.clear()  # a busy machine may stall while there is work
         with pytest.raises(AssertionError):
             eventually(lambda: 'stalled' in caplog.text, 0.5)
 

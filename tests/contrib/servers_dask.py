@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from dask import config
 from dask.distributed import Client, LocalCluster
 from processes import family, is_alive
 from servers import eventually, free_port
@@ -32,12 +33,30 @@ QUIET = '--no-dashboard', '--dashboard-address', '127.0.0.1:0'  # else what is l
 
 
 @contextmanager
-def local_cluster() -> Iterator[str]:
-    """The address of a LocalCluster of two processes, which are started again when they die."""
-    with LocalCluster(
+def local_cluster() -> Iterator[LocalCluster]:
+    """Two processes, which are replaced when they die: by their nannies, but for those that die while they start."""
+    ended = threading.Event()
+    with config.set({'distributed.deploy.lost-worker-timeout': '5s'}), LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, host='127.0.0.1', dashboard_address='127.0.0.1:0'
     ) as cluster:
-        yield cluster.scheduler_address
+
+        def tend() -> None:
+            while not ended.wait(1):
+                cluster.scale(2)
+
+        tending = threading.Thread(target=tend, daemon=True)
+        tending.start()
+        try:
+            yield cluster
+        finally:
+            ended.set()
+            tending.join(10)
+
+
+def complete(cluster: LocalCluster) -> str:
+    """The address of a cluster, when it has its two workers."""
+    eventually(lambda: len(cluster.scheduler_info['workers']) == 2, 120, 'workers have not come')
+    return str(cluster.scheduler_address)
 
 
 class Cluster:

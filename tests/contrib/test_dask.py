@@ -19,7 +19,7 @@ import servers
 from dask.distributed import Client, Status
 from processes import consumer, kill, prove_once, seen_count, started, terminate
 from pymongo import MongoClient
-from servers_dask import Cluster, Meter, local_cluster, nothing_left
+from servers_dask import Cluster, Meter, complete, local_cluster, nothing_left
 
 import minibatch as mb
 from minibatch import clock, marshaller, store
@@ -34,9 +34,14 @@ for module in (sys.modules[__name__], servers):
 
 
 @pytest.fixture(scope='module')
-def address():
-    with local_cluster() as address:
-        yield address
+def pair():
+    with local_cluster() as pair:
+        yield pair
+
+
+@pytest.fixture
+def address(pair):
+    return complete(pair)
 
 
 @pytest.fixture
@@ -49,7 +54,6 @@ def executor(address):
 @pytest.fixture
 def client(address):
     with Client(address, set_as_default=False) as client:
-        client.wait_for_workers(2)
         yield client
 
 
@@ -579,6 +583,8 @@ def test_a_worker_is_killed(running, db, cluster):
             count = seen_count(db)
             eventually(lambda count=count: seen_count(db) > count + 30)
             worker.send_signal(signal.SIGKILL)
+            left = [doc['_id'] for doc in db.window.find({'status': 'open'})]
+            eventually(lambda left=left: not db.window.find_one({'_id': {'$in': left}, 'status': 'open'}))
         eventually(lambda: db.once.count_documents({}) == 600)
         terminate(process)
     prove_once(db, 'kill -9 of two Dask workers', {0: 600})
