@@ -36,7 +36,7 @@ from .messages import MessageWindow
 from .models import Stream
 from .named import NamedProducer
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 PROBE_PAUSE = 0.3
 SOON = 5.0
 COUNT = 100
@@ -94,11 +94,11 @@ class SourceContract:
 
     def make(self) -> Source:
         """A new source that reads the same outside system as the last one."""
-        raise NotImplementedError
+        raise NotImplementedError('define make() in the class of the contract')
 
     def send(self, numbers: Iterable[int]) -> None:
         """Put messages ``{'i': number}`` into the outside system, in this order; 0 and above, or -1 to try."""
-        raise NotImplementedError
+        raise NotImplementedError('define send() in the class of the contract')
 
     def number(self, data: Mapping[str, Any]) -> int:
         """The number in a message as it was appended."""
@@ -227,7 +227,11 @@ class SourceContract:
         return [self.number(data) for doc in stream.buffer() for data in doc.batch or [doc.data]]
 
     def _wait_for(self, stream: Stream, numbers: range) -> None:
-        with _explained(lambda: _difference(self._numbers(stream), numbers)):
+        def why() -> str:
+            failure = stream._attached.failure if stream._attached is not None else ''
+            return _difference(self._numbers(stream), numbers) + (f'; the source failed: {failure}' if failure else '')
+
+        with _explained(why):
             _eventually(lambda: set(numbers) <= set(self._numbers(stream)), 'all messages have come')
 
     def _prove(self, stream: Stream, numbers: range) -> None:
@@ -247,11 +251,11 @@ class SinkContract:
 
     def make(self) -> Sink:
         """A new sink that writes into the same outside system as the last one."""
-        raise NotImplementedError
+        raise NotImplementedError('define make() in the class of the contract')
 
     def received(self) -> list[Any]:
         """All messages that the outside system has, as they were put."""
-        raise NotImplementedError
+        raise NotImplementedError('define received() in the class of the contract')
 
     # --- the tests
 
@@ -325,7 +329,7 @@ class ExecutorContract:
 
     def make(self) -> Executor:
         """A new executor."""
-        raise NotImplementedError
+        raise NotImplementedError('define make() in the class of the contract')
 
     def close(self, executor: Executor) -> None:
         """Close it."""
