@@ -430,7 +430,9 @@ def encode(data: Any) -> bytes:
     if type(data) is not dict and not isinstance(data, Mapping):
         raise DataError(f'data must be a mapping such as a dict, not {type(data).__name__}')
     try:
-        raw = _bson(data)
+        raw = bson.encode(data, codec_options=CODEC)
+        if b'\0\4' in raw or type(data) is not dict:
+            _read_back(data, raw)
     except Exception as exc:
         path, reason = _culprit(data, exc)
         raise DataError(f'MongoDB cannot store data{path}: {reason}') from None
@@ -517,11 +519,15 @@ def cuts(
         yield start, end, size
 
 
-def _bson(value: Any) -> bytes:
-    """As MongoDB stores it, if it can be read back from there: what cannot would hold up whoever reads it."""
-    raw = bson.encode(value, codec_options=CODEC)
-    if isinstance(value, RawBSONDocument) or (b'\0\4' in raw and ODD_UUID.search(raw)):
+def _read_back(value: Any, raw: bytes) -> None:
+    """Raise if it could be stored, but not read any more: that would hold up all who read the stream."""
+    if isinstance(value, RawBSONDocument) or ODD_UUID.search(raw):
         bson.decode(raw, CODEC)
+
+
+def _bson(value: Any) -> bytes:
+    raw = bson.encode(value, codec_options=CODEC)
+    _read_back(value, raw)
     return raw
 
 
