@@ -8,8 +8,8 @@ import time
 from typing import TYPE_CHECKING
 
 from .abc import Source
-from .connection import masked_text
 from .errors import MinibatchError
+from .store import in_words
 
 if TYPE_CHECKING:
     from .models import Stream
@@ -42,9 +42,9 @@ class Attached:
 
     @property
     def failure(self) -> str:
-        """What it failed with last, in words, while it has not run well since; else ''."""
+        """What it failed with last, in words, while it has not run well since, nor come to its end; else ''."""
         well = self.running and time.monotonic() - self._started > WELL
-        return '' if well else self._failure
+        return '' if well or self.ended else self._failure
 
     @property
     def cancelled(self) -> bool:
@@ -86,7 +86,7 @@ class Attached:
                     return
                 if time.monotonic() - self._started > WELL:
                     pause = PAUSES[0]
-                self._failure = masked_text(f'{type(exc).__name__}: {exc}')
+                self._failure = in_words(exc)
                 told = isinstance(exc, (MinibatchError, OSError))  # else it may be a mistake in the source
                 logger.warning(
                     'the source of stream %r (%s) failed, it is started again in %g s: %s',

@@ -43,6 +43,7 @@ CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 1.0
 SOCKET_TIMEOUT_MS = 120_000
 MAJORITY = WriteConcern('majority')
+UNAUTHORIZED = 13
 # pymongo does not call all of them a lost connection, and none of them if they stand in the reply to a bulk write.
 PASSING_CODES = {
     6,  # HostUnreachable
@@ -130,12 +131,22 @@ class Target:
                 with pymongo.timeout(min(CONNECT_TIMEOUT, client.options.server_selection_timeout)):
                     client.admin.command('ping')
         except PyMongoError as exc:
-            raise UnreachableError(
-                f'MongoDB does not answer at {masked(self.url)}: {_without_secrets(exc, self.url)}. Check that it '
-                f'runs, that host and port are right, and user, password and authSource if it asks for them.'
-            ) from None
+            raise UnreachableError(f'MongoDB does not answer at {self.explain(exc)}') from None
         with _lock:
             _first = _first or self
+
+    def explain(self, exc: PyMongoError) -> str:
+        """The address, what is wrong there, and what to do."""
+        if isinstance(exc, OperationFailure) and exc.code == UNAUTHORIZED:
+            advice = f'The URL must name a user who has the role readWrite on the database {self.dbname!r}.'
+        elif 'primary' in str(exc).lower():
+            advice = 'No member of the replica set takes writes; one that is new must be initiated, by rs.initiate().'
+        else:
+            advice = (
+                'Check that it runs, that host and port are right, and user, password and authSource if it asks for '
+                'them.'
+            )
+        return f'{masked(self.url)}: {_without_secrets(exc, self.url)}. {advice}'
 
 
 def target(url: str | None = None, dbname: str | None = None, **options: Any) -> Target:
@@ -383,10 +394,11 @@ def _mock_client() -> Any:
 
 
 def _without_secrets(exc: Exception, url: str) -> str:
-    message = str(exc).partition(', Timeout:')[0].partition(' (configured timeouts')[0]
+    message = re.split(r', Timeout:| \(configured timeouts|, full error:', str(exc))[0]
+    message = masked_text(message)
     password = url.partition('://')[2].rpartition('@')[0].partition(':')[2]
     for secret in (password, unquote(password)):
-        message = message.replace(secret, '***') if secret else message
+        message = message.replace(secret, '***') if len(secret) > 3 else message  # else it masks parts of words
     return message
 
 

@@ -228,7 +228,7 @@ class SourceContract:
 
     def _wait_for(self, stream: Stream, numbers: range) -> None:
         def why() -> str:
-            failure = stream._attached.failure if stream._attached is not None else ''
+            failure = stream.source_failure
             return _difference(self._numbers(stream), numbers) + (f'; the source failed: {failure}' if failure else '')
 
         with _explained(why):

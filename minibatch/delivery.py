@@ -14,7 +14,7 @@ from pymongo import MongoClient
 from pymongo.client_session import ClientSession
 from pymongo.errors import PyMongoError
 
-from . import connection, dead, ledger, metrics
+from . import connection, dead, ledger, metrics, store
 from .abc import BulkSink, ExactlyOnceSink, WindowCommit
 from .beside import Beside
 from .connection import Target
@@ -22,7 +22,7 @@ from .errors import ArgumentError, LeaseLostError, ServerError, WindowFailedErro
 from .lease import Lease
 from .progress import Claim, Progress
 from .retention import Follower
-from .worker import Outcome, Work, in_words, load
+from .worker import Outcome, Work, load
 
 if TYPE_CHECKING:
     from .window import WindowEmitter
@@ -168,7 +168,7 @@ class Delivery:
         except Exception as exc:
             logger.debug('sink failed', exc_info=True)
             connection.heal(self._target.client, exc)  # the sink may use the same one
-            outcome.error = f'sink: {in_words(exc)}'
+            outcome.error = f'sink: {store.in_words(exc)}'
             outcome.by_function = not _is_matter_of_time(exc, claim)
             failed[outcome.number] = outcome
             return False

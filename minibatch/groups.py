@@ -43,6 +43,8 @@ class Group:
         expired: how many messages were deleted by their age before they were processed.
         owner: 'host:pid' of the consumer that leads now, by the server's time, or None.
         stalled: since when windows wait and none is finished (aware, UTC), or None.
+        source_error: what its source failed with, while it has not run well for a minute since, or None. What a source
+            mends by itself, such as a lost connection of Kafka or MQTT, is no failure.
         keep: whether it keeps what it has processed.
         workers: how many workers the consumer that leads, or led last, had when it began to.
         committed: when a window was committed last (aware, UTC), or None.
@@ -65,6 +67,7 @@ class Group:
     expired: int
     owner: str | None
     stalled: datetime | None
+    source_error: str | None
     keep: bool
     workers: int
     committed: datetime | None
@@ -373,6 +376,7 @@ def group_from(target: Target, doc: dict[str, Any]) -> Group:
         expired=int(doc.get('expired_unprocessed', 0)),
         owner='{host}:{pid}'.format_map(doc['lease']['owner']) if held else None,
         stalled=_time(doc.get('stalled')),
+        source_error=doc.get('source_error'),
         keep=bool(doc.get('keep')),
         workers=int(doc.get('workers', 0)),
         committed=_time(doc.get('committed')),

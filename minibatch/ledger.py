@@ -3,8 +3,9 @@
 Collections (see docs/architecture.rst for why):
 
 ``group``     {_id: stream/group, stream, group, lease: {owner, epoch, expires}, fingerprint, keep, picks, number,
-              event, frontier, watermark, seen, started, sessions, stalled, deleted, reset, windows, messages,
-              expired_unprocessed, retried, failed, late, function, latency, sizes, committed, workers, forgotten};
+              event, frontier, watermark, seen, started, sessions, stalled, source_error, deleted, reset, windows,
+              messages, expired_unprocessed, retried, failed, late, function, latency, sizes, committed, workers,
+              forgotten};
               ``forgotten`` messages were of producers whose positions are gone; every window up to ``number`` is
               finished, and below the positions; ``frontier`` and ``watermark`` are theirs, of the time of messages
               if ``event``, else of that of creation; ``reset`` are positions decided on, not all written yet;
@@ -130,6 +131,12 @@ def end_sessions(db: DB, stream: str, group: str, epoch: int, sessions: list[Any
 def write_stalled(db: DB, stream: str, group: str, epoch: int, since: datetime | None) -> None:
     """Note since when windows wait and none is finished, or that they are again."""
     update = {'$unset': {'stalled': 1}} if since is None else {'$set': {'stalled': since}}
+    db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, update)
+
+
+def write_source_error(db: DB, stream: str, group: str, epoch: int, error: str) -> None:
+    """Note what the source has failed with, or with '' that it runs well."""
+    update = {'$set': {'source_error': error}} if error else {'$unset': {'source_error': 1}}
     db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, update)
 
 

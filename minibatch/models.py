@@ -443,6 +443,11 @@ class Stream(_Model):
         attached = self._attached
         return attached is None or not (attached.running or (attached.source is source and attached.ended))
 
+    @property
+    def source_failure(self) -> str:
+        """What the source that is attached here failed with, while it has not run well for a minute since; else ''."""
+        return self._attached.failure if self._attached is not None else ''
+
     def producer(self, name: str | None = None) -> NamedProducer:
         """What a source appends through, see `minibatch.named.NamedProducer`; for one thread.
 
@@ -556,15 +561,17 @@ class Stream(_Model):
 
 def _opened(where: Target, name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The document of a stream, which is created if need be; a fail-over in between is waited for."""
-    deadline = time.monotonic() + OPEN_TIMEOUT
+    deadline, told = time.monotonic() + OPEN_TIMEOUT, False
     while True:
         try:
             store.ensure_indexes(where.db)
             return store.open_stream(where.majority, name, options, clock.now())
         except PyMongoError as exc:
             if not is_passing(exc) or time.monotonic() > deadline:
-                raise
-            logger.warning('opening stream %r, trying again after: %s', name, exc)
+                raise ServerError(f'stream {name!r} cannot be opened at {where.explain(exc)}') from exc
+            if not told:
+                logger.warning('stream %r is not open yet, trying for %g s: %s', name, OPEN_TIMEOUT, exc)
+            told = True
             time.sleep(OPEN_PAUSE)
 
 

@@ -50,6 +50,7 @@ MAX_OPEN = 5000
 STOP_TIMEOUT = 30.0
 WORKERS_TIMEOUT = 60.0
 WORKERS_PATIENCE = 5.0
+SOURCE_ERROR_KEPT = 1000
 
 
 class Planner:
@@ -76,6 +77,7 @@ class Planner:
         self._ended_well = self._drains = False
         self._alone: Claim | None = None
         self._workers_missed: float | None = None
+        self._source_error = ''  # as the group's document has it
         self._late: dict[int, str] = {}  # windows that took too long, of the pool that broke just now
 
     def __enter__(self) -> Planner:
@@ -220,10 +222,15 @@ class Planner:
         return self.emitter.next_due() if self._has_room else None
 
     def _tend_source(self) -> None:
-        """Start the source; a slow one that was told to end may still be running, so this is asked again."""
+        """Start the source, and note how it is; one that was told to end may still run, so this is asked again."""
         source = self.emitter.source
-        if source is not None and self.stream.wants_source(source):
+        if source is None:
+            return
+        if self.stream.wants_source(source):
             self.stream.attach(source)
+        if (error := self.stream.source_failure[:SOURCE_ERROR_KEPT]) != self._source_error:
+            ledger.write_source_error(self.target.majority, self.name, self.group, self.epoch, error)
+            self._source_error = error
 
     def _appended(self, record: dict[str, Any]) -> None:
         self._news.append(record)
@@ -306,6 +313,8 @@ class Planner:
             ledger.finish_reset(db, self.name, self.group, self.epoch, doc['reset'])
         if doc.get('stalled'):
             ledger.write_stalled(db, self.name, self.group, self.epoch, None)
+        if doc.get('source_error'):
+            ledger.write_source_error(db, self.name, self.group, self.epoch, '')
 
     def _first_positions(self, positions: dict[str, int]) -> dict[str, int]:
         """Where a new group begins."""

@@ -36,7 +36,7 @@ from pymongo.collection import Collection
 from pymongo.database import Database
 from pymongo.errors import BulkWriteError, DuplicateKeyError
 
-from .connection import is_passing
+from .connection import is_passing, masked_text
 
 FORMAT = 1
 MAX_BATCH = 10_000
@@ -135,6 +135,20 @@ def _indexed(name: str) -> list[Doc]:
 def storable(text: str) -> str:
     """Text as MongoDB can store it: what is no UTF-8 is escaped."""
     return text.encode(errors='backslashreplace').decode()
+
+
+def tellable(text: str) -> str:
+    """Text as MongoDB can store it, and without passwords."""
+    return storable(masked_text(text))
+
+
+def in_words(exc: BaseException) -> str:
+    """The type and the text of an exception, whatever it is, as MongoDB can store it, and without passwords."""
+    try:
+        text = str(exc)
+    except Exception as why:
+        text = f'(its text cannot be had: {type(why).__name__})'
+    return tellable(f'{type(exc).__name__}: {text}')
 
 
 # --- the log, written

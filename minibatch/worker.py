@@ -260,22 +260,8 @@ def _failure(work: Work, exc: BaseException, by_function: bool, missing: int = 0
     trace = exc.__traceback__
     while by_function and trace is not None and trace.tb_frame.f_globals.get('__package__') == __package__:
         trace = trace.tb_next  # the frames above the function say nothing to its author
-    text = _storable(''.join(traceback.format_exception(type(exc), exc, trace)))
-    return Outcome(work.number, error=in_words(exc), traceback=text, by_function=by_function, missing=missing)
-
-
-def in_words(exc: BaseException) -> str:
-    """The type and the text of an exception, whatever it is, as MongoDB can store it, and without passwords."""
-    try:
-        text = str(exc)
-    except Exception as why:
-        text = f'(its text cannot be had: {type(why).__name__})'
-    return _storable(f'{type(exc).__name__}: {text}')
-
-
-def _storable(text: str) -> str:
-    """Without passwords, and as MongoDB can store it."""
-    return store.storable(connection.masked_text(text))
+    text = store.tellable(''.join(traceback.format_exception(type(exc), exc, trace)))
+    return Outcome(work.number, error=store.in_words(exc), traceback=text, by_function=by_function, missing=missing)
 
 
 class Processed:

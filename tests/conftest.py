@@ -5,11 +5,12 @@ A test which uses a server, by the name of a fixture, gets the marker `integrati
 """
 from __future__ import annotations
 
+import json
 import os
 import random
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import astuple
 from typing import Any
 
@@ -35,6 +36,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """A process of pytest-xdist leaves what it found to the one that prints."""
     if hasattr(session.config, 'workeroutput'):
         session.config.workeroutput['faults'] = [astuple(row) for row in FAULTS]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """What a test failed with may show text that is no Unicode, at which a process of pytest-xdist would end."""
+    said = yield
+    if not said or said.get('outcome') != 'failed':
+        return said
+    return json.loads(json.dumps(said, ensure_ascii=False).encode(errors='replace'))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -226,6 +226,15 @@ def test_groups_are_listed_as_a_table_and_as_json(run, stream):
     assert (idle['owner'], idle['stalled']) == (None, '2026-01-31T00:00:00+00:00')
 
 
+def test_a_source_that_has_failed_is_told_below_the_groups_while_they_are_led(run, stream):
+    stream.target.majority.group.update_many({}, {'$set': {'source_error': 'OSError: no \x1b[31mbroker'}})
+    code, out, err = run('groups list raw/s')
+    assert (code, len(out.splitlines())) == (0, 3)
+    assert err == 'the source of raw/s, group default, has failed: OSError: no \\x1b[31mbroker\n'
+    groups = json.loads(run('groups list --json')[1])['groups']
+    assert [group['source_error'] for group in groups] == ['OSError: no \x1b[31mbroker'] * 2
+
+
 def test_a_table_that_is_wider_than_the_terminal_becomes_blocks(stream, url):
     code, wide = terminal(120, None, 'dead', 'list', '--url', url)
     assert code == 0

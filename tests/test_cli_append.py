@@ -155,14 +155,15 @@ def test_what_is_not_confirmed_is_said_and_no_other_message_is_lost_or_doubled(m
     assert stored(url) == values
 
 
-def test_messages_are_appended_as_they_arrive_and_ctrl_c_says_how_far_it_is(url):
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_messages_are_appended_as_they_arrive_and_a_signal_makes_it_say_how_far_it_is(url, number):
     with program('append', 's', '--url', url) as process:
         process.stdin.write(ndjson({'a': 1}, {'a': 2}) + b'{"a": 3')
         process.stdin.flush()
         eventually(lambda: stored(url) == [{'a': 1}, {'a': 2}])
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert err == b'interrupted: standard input: after line 2; 2 messages appended. Go on with --from 3\n'
 
 

@@ -305,6 +305,15 @@ def test_windows_that_wait_while_none_is_finished_are_said_once_and_written_down
     assert caplog.text.count('stalled') == 1
 
 
+def test_whoever_leads_next_forgets_what_the_source_of_the_last_one_failed_with(stream, db):
+    appended(stream, 0, 0, 5)
+    with started(here(stream, note)):
+        eventually(lambda: db.group.find_one())
+    db.group.update_one({}, {'$set': {'source_error': 'OSError: away'}})
+    with started(here(stream, note)):
+        eventually(lambda: db.group.find_one({'source_error': {'$exists': False}}))
+
+
 def test_an_idle_consumer_is_not_stalled(stream, db, caplog):
     appended(stream, 0, 0, 15)
     with started(here(stream, note, stall_after=0.05)) as emitter:

@@ -5,12 +5,14 @@ from datetime import datetime, timedelta
 
 import pytest
 from processes import Seen, appended, note, prove, started, write_at
-from servers import eventually
+from pymongo import MongoClient
+from servers import Mongod, eventually
 
 import minibatch as mb
-from minibatch import attached, clock, connection
+from minibatch import attached, clock, connection, models
 from minibatch.clock import EPOCH
-from minibatch.errors import ArgumentError, BacklogFullError, DataError
+from minibatch.connection import masked
+from minibatch.errors import ArgumentError, BacklogFullError, DataError, ServerError
 from minibatch.messages import MessageWindow
 from minibatch.store import Span
 from minibatch.testing import InlineExecutor
@@ -312,3 +314,30 @@ def test_messages_are_deleted_by_the_clock_of_the_server(url, db, monkeypatch):
     stream = mb.stream('s', url=url, max_age=1800)
     eventually(lambda: stream.buffer().count() < 2)
     assert [record.data['seq'] for record in stream.buffer()] == [1]
+
+
+def test_a_replica_set_that_was_never_initiated_is_waited_for_and_the_error_says_what_to_do(monkeypatch, caplog):
+    monkeypatch.setattr(models, 'OPEN_TIMEOUT', 0.5)
+    with Mongod(replica_set='new') as server, pytest.raises(ServerError) as said:
+        mb.stream('s', url=server.url())
+    assert str(said.value) == (
+        f"stream 's' cannot be opened at {server.url()}: not primary. No member of the replica set takes writes; one "
+        'that is new must be initiated, by rs.initiate().'
+    )
+    assert [record.levelname for record in caplog.records] == ['WARNING']
+    connection.disconnect()
+
+
+def test_a_user_who_may_not_write_is_told_which_role_to_have():
+    with Mongod('--auth', replica_set=False) as server:
+        server.client.admin.command('createUser', 'root', pwd='secret', roles=['root'])
+        with MongoClient(f'mongodb://root:secret@{server.address}/') as client:
+            client.admin.command('createUser', 'ann', pwd='ad', roles=[{'role': 'read', 'db': 'test'}])
+        for user, reason in (('', 'requires authentication'), ('ann:ad@', 'not authorized on test')):
+            url = f'mongodb://{user}{server.address}/test?authSource=admin'
+            with pytest.raises(ServerError) as said:
+                mb.stream('s', url=url)
+            assert f'{masked(url)}: ' in str(said.value)
+            assert reason in str(said.value)
+            assert str(said.value).endswith("name a user who has the role readWrite on the database 'test'.")
+    connection.disconnect()

@@ -35,7 +35,8 @@ class _Main(click.Group):
             if ctx.params['debug']:
                 click.echo(masked_text(traceback.format_exc()), err=True, nl=False)
             kind = '' if isinstance(exc, MinibatchError) else f'{type(exc).__name__}: '
-            lines = masked_text(f'error: {kind}{exc}').splitlines()
+            said = str(exc).partition(', full error: ')[0]  # which says it again
+            lines = masked_text(f'error: {kind}{said}').splitlines()
             click.echo('\n'.join(map(plain, lines)), err=True)
             ctx.exit(1)
         except click.UsageError as exc:

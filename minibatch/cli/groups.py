@@ -19,7 +19,7 @@ from .common import (
     url_option,
     yes_option,
 )
-from .output import count_text, print_json, print_table, time_text
+from .output import count_text, plain, print_json, print_table, time_text
 
 
 def _place(ctx: click.Context, param: click.Parameter, value: str) -> str | datetime:
@@ -97,6 +97,10 @@ def list_groups(stream: str | None, url: str | None, as_json: bool) -> None:
                 for group, lag, dead in rows
             ),
         )  # fmt: skip
+        for group, _, _ in rows:
+            if group.owner and group.source_error:
+                said = f'the source of {group.stream}, group {group.name}, has failed: {group.source_error}'
+                click.echo(plain(said), err=True)
     else:
         click.echo('no consumer groups')
 

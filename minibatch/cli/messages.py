@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from .. import signals
 from ..errors import DataError, MinibatchError, ServerError
 from .common import as_json, find_stream, find_target, stream_names, url_option
 from .output import count_text, plain, print_json
@@ -20,8 +21,6 @@ from .reading import BadInput, Input
 
 if TYPE_CHECKING:
     from ..models import Stream
-
-INTERRUPTED = 130
 
 
 @click.command()
@@ -45,9 +44,9 @@ def append(
     is understood.
 
     At a line that is no message it stops. Those before it are appended, and it says from which line on to go on; so
-    it does after Ctrl-C, and when MongoDB refuses.
+    it does after Ctrl-C or SIGTERM, and when MongoDB refuses.
 
-    Exit code: 0 if all was appended, 1 if not, 130 after Ctrl-C.
+    Exit code: 0 if all was appended, 1 if not, 130 after Ctrl-C, 143 after SIGTERM.
 
     \b
     Examples:
@@ -97,7 +96,7 @@ def _say_how_far(work: Appending, problem: str, as_json: bool) -> None:
     else:
         said += f'. Go on with --from {following}'
     click.echo(plain(f'{"interrupted" if work.interrupted else "error"}: {problem}; {said}'), err=True)
-    raise click.exceptions.Exit(INTERRUPTED if work.interrupted else 1)
+    raise click.exceptions.Exit(128 + work.interrupted if work.interrupted else 1)
 
 
 class Appending:
@@ -109,13 +108,13 @@ class Appending:
         unconfirmed: how many messages after those may be stored or not.
         problem: why it ended before the end, or ''.
         bad: 'one' if that was a line that is no message, 'all' if it is all of the input, else ''.
-        interrupted: whether it was Ctrl-C.
+        interrupted: the number of the signal that asked it to end, or 0.
     """
 
     def __init__(self, name: str, url: str | None, source: Input, batch: int, timeout: float) -> None:
         self.name, self.source, self._url, self._batch, self._timeout = name, source, url, batch, timeout
         self.appended = self.done = self.unconfirmed = 0
-        self.problem, self.bad, self.interrupted = '', '', False
+        self.problem, self.bad, self.interrupted = '', '', 0
         self._stream: Stream | None = None
         self._writing = False
 
@@ -131,9 +130,8 @@ class Appending:
                 self.done = max(exc.number - 1, self.done)
                 self.problem = f'{self.source.what} {exc.number:,}: {exc}' if exc.number else str(exc)
             except ServerError as exc:
-                self.problem = str(exc)
+                self.problem = str(exc).rstrip('.')
             except KeyboardInterrupt:
-                self.interrupted = True
                 self.problem = f'after {self.source.what} {self.done:,}'
 
     def _append(self, messages: list[dict[str, Any]], numbers: list[int], show: Callable[[], None]) -> None:
@@ -175,18 +173,19 @@ class Appending:
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C waits for what is being written, so that it can be said how far it is; a second one does not."""
+        """Ctrl-C and SIGTERM let what is being written come to its end, to say how far it is; a second one does not."""
 
-        def interrupt(*_: object) -> None:
-            if not self._writing or self.interrupted:
+        def interrupt(number: int, frame: object) -> None:
+            again, self.interrupted = self.interrupted, number
+            if again or not self._writing:
                 raise KeyboardInterrupt
-            self.interrupted = True
 
-        before = signal.signal(signal.SIGINT, interrupt)
+        before = {number: signal.signal(number, interrupt) for number in signals.NUMBERS}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _storable(messages: list[dict[str, Any]]) -> tuple[int, str]:

@@ -114,6 +114,10 @@ def _gauges(found: list[tuple[tuple[str, str], Any]]) -> Iterator[Metric]:
             'Workers of the consumer that leads.', lambda status: status.group.workers if status.group.owner else 0,
         ),
         'stalled': ('1 if windows wait and none is finished.', lambda status: int(status.group.stalled is not None)),
+        'source_failing': (
+            '1 if its source has failed, and has not run well since.',
+            lambda status: int(bool(status.group.owner and status.group.source_error)),
+        ),
     }
     for name, (text, value) in values.items():
         gauge = GaugeMetricFamily(f'minibatch_{name}', text, labels=GROUP)

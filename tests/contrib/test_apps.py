@@ -19,7 +19,7 @@ from servers import Mongod, eventually
 from webs import AUTH, TOKEN, get
 
 import minibatch as mb
-from minibatch import producer
+from minibatch import attached, producer
 from minibatch.contrib.apps import StreamingApp, views, watching
 from minibatch.contrib.apps.omegaml import StreamingApp as OmegaApp
 from minibatch.errors import ArgumentError
@@ -105,6 +105,38 @@ def test_a_stalled_group_is_not_healthy_while_it_has_a_consumer(make, url, db, q
     assert answer.json['reasons'] == [
         "stream 'test', group 'default': windows wait, and none was finished since 2026-01-31 00:00:00 UTC"
     ]
+
+
+def test_a_group_whose_source_fails_is_not_healthy_until_it_has_run_well(make, url, quick, monkeypatch):
+    monkeypatch.setattr(attached, 'PAUSES', (0.01, 0.01))
+    monkeypatch.setattr(attached, 'WELL', 0.1)
+    works, ended = threading.Event(), threading.Event()
+
+    class Source:
+        def stream(self, stream):
+            if not works.is_set():
+                raise ConnectionError('mongodb://ann:secret@h/ is\ud800 away')
+            ended.wait(60)
+
+        def cancel(self):
+            ended.set()
+
+    client = make().server.test_client()
+    mb.stream('test', url=url)
+    emitter = mb.make_emitter('test', time.sleep, url=url, size=2, source=Source(), executor=InlineExecutor)
+    thread = threading.Thread(target=emitter.run)
+    thread.start()
+    try:
+        eventually(lambda: client.get('/health').status_code == 503)
+        assert client.get('/health').json['reasons'] == [
+            "stream 'test', group 'default': its source has failed, and is started again: "
+            'ConnectionError: mongodb://ann:***@h/ is\\ud800 away'
+        ]
+        works.set()
+        eventually(lambda: client.get('/health').status_code == 200)
+    finally:
+        emitter.stop()
+        thread.join(60)
 
 
 def test_without_a_database_the_app_says_so_and_recovers(make, quick):

@@ -288,7 +288,7 @@ def test_messages_are_shown_as_they_arrive(page, serve, url):
     page.shows('{"second":{"$date":"2026-01-31T00:00:00Z"}}')
 
 
-def test_a_stalled_group_is_pointed_out(page, serve, url, db):
+def test_a_stalled_group_or_one_whose_source_fails_is_pointed_out(page, serve, url, db):
     mb.stream('test', url=url).append({'i': 0})
     process(url)
     lease = {'expires': datetime(2100, 1, 1), 'owner': {'host': 'h', 'pid': 1}, 'epoch': 1}
@@ -296,6 +296,8 @@ def test_a_stalled_group_is_pointed_out(page, serve, url, db):
     page.open(serve()).shows('Needs a look', "stream 'test', group 'default': windows wait")
     page.shows('stalled for', '1 problem', 'h:1')
     assert page.run('document.title') == '(1) minibatch'
+    db.group.update_one({}, {'$set': {'source_error': 'OSError: <b>no broker'}, '$unset': {'stalled': 1}})
+    page.shows('its source has failed', 'started again: OSError: <b>no broker', '1 problem')
 
 
 def test_a_consumer_that_dies_is_pointed_out(page, url):

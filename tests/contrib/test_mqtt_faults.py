@@ -268,7 +268,7 @@ def test_what_is_dropped_of_qos_0_is_counted_and_said_once(broker, url, db, monk
     assert [record.levelname for record in caplog.records if 'QoS 0' in record.message] == ['WARNING']
 
 
-@pytest.mark.parametrize('qos', [0, 1])
+@pytest.mark.parametrize('qos', [0, 1, 2])
 def test_a_burst_is_stored_to_the_last_message(tmp_path, stream, db, qos):
     with Mosquitto(tmp_path, talks=False) as broker:
         alone = rate(broker, qos, 20_000)

@@ -54,6 +54,7 @@ def test_metrics_tell_what_status_tells(url, consumed):
     expected = {
         'processed_total': 5, 'windows_total': 1, 'failed_total': 1, 'retried_total': 1, 'dead_letters': 1,
         'late_total': 0, 'expired_total': 0, 'lag_messages': 2, 'in_flight': 0, 'workers': 0, 'stalled': 0,
+        'source_failing': 0,
         'last_commit_timestamp_seconds': group.group.committed.timestamp(),
     }
     assert {name: found[f'minibatch_{name}'][GROUP] for name in expected} == expected
@@ -74,12 +75,13 @@ def test_histograms_are_cumulative_and_end_with_all(url, consumed):
     assert found['minibatch_function_seconds_sum'][GROUP] >= 0.002
 
 
-def test_who_leads_and_what_is_stalled_can_be_seen(url, db, consumed):
+def test_who_leads_and_what_is_stalled_or_failing_can_be_seen(url, db, consumed):
     lease = {'expires': datetime(2100, 1, 1), 'owner': {'host': 'h"\\\n', 'pid': 7}, 'epoch': 1}
-    db.group.update_one({}, {'$set': {'stalled': datetime(2026, 1, 31), 'lease': lease}})
+    db.group.update_one({}, {'$set': {'stalled': datetime(2026, 1, 31), 'source_error': 'E', 'lease': lease}})
     found = values(metrics_text(mb.status(url)))
     assert found['minibatch_lease_owner'] == {(('group', 'default'), ('owner', 'h"\\\n:7'), ('stream', 'test')): 1}
     assert (found['minibatch_stalled'][GROUP], found['minibatch_workers'][GROUP]) == (1, 3)
+    assert found['minibatch_source_failing'][GROUP] == 1
 
 
 def test_names_with_anything_in_them_are_escaped(url):

@@ -182,16 +182,24 @@ class StreamingApp(Blueprint):
         return list(self._consumers) if os.getpid() == self._pid else []
 
     def problems(self, look: Look | None = None) -> list[str]:
-        """What is not well, in words: nothing, or no database, a dead consumer, a stalled group."""
+        """What is not well, in words: nothing, or no database, a dead consumer, a stalled group, a failing source."""
         look = look or self.watcher.look()
-        stalled = (
-            f'stream {stream.name!r}, group {status.name!r}: windows wait, and none was finished since '
-            f'{status.group.stalled:%Y-%m-%d %H:%M:%S} UTC'
-            for stream in look.streams
-            for status in stream.groups
-            if status.group.stalled and status.group.owner
-        )
-        return [*filter(None, [look.error, *(consumer.problem for consumer in self.consumers)]), *stalled]
+        led = [status.group for stream in look.streams for status in stream.groups if status.group.owner]
+        return [
+            *filter(None, [look.error, *(consumer.problem for consumer in self.consumers)]),
+            *(
+                f'stream {group.stream!r}, group {group.name!r}: windows wait, and none was finished since '
+                f'{group.stalled:%Y-%m-%d %H:%M:%S} UTC'
+                for group in led
+                if group.stalled
+            ),
+            *(
+                f'stream {group.stream!r}, group {group.name!r}: its source has failed, and is started again: '
+                f'{group.source_error}'
+                for group in led
+                if group.source_error
+            ),
+        ]
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
         """Answer as a WSGI app, so that any server can run it: ``gunicorn module:app``."""
