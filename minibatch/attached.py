@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ class Attached:
 
     def __init__(self, stream: Stream, source: Source) -> None:
         self.source, self._stream = source, stream
-        self.ended, self._failure, self._started = False, '', 0.0
+        self.ended, self._failure, self._well_at = False, '', math.inf
         self._cancelled = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -43,8 +44,11 @@ class Attached:
     @property
     def failure(self) -> str:
         """What it failed with last, in words, while it has not run well since, nor come to its end; else ''."""
-        well = self.running and time.monotonic() - self._started > WELL
-        return '' if well or self.ended else self._failure
+        return '' if self.ended or self._runs_well else self._failure
+
+    @property
+    def _runs_well(self) -> bool:
+        return time.monotonic() > self._well_at
 
     @property
     def cancelled(self) -> bool:
@@ -77,16 +81,16 @@ class Attached:
     def _run_on(self) -> None:
         pause, longest = PAUSES
         while not self.cancelled:
-            self._started = time.monotonic()
+            self._well_at = time.monotonic() + WELL
             try:
                 self.run()
                 return
             except Exception as exc:
                 if self.cancelled:
                     return
-                if time.monotonic() - self._started > WELL:
+                if self._runs_well:
                     pause = PAUSES[0]
-                self._failure = in_words(exc)
+                self._failure, self._well_at = in_words(exc), math.inf
                 told = isinstance(exc, (MinibatchError, OSError))  # else it may be a mistake in the source
                 logger.warning(
                     'the source of stream %r (%s) failed, it is started again in %g s: %s',

@@ -44,6 +44,7 @@ CLOSE_TIMEOUT = 1.0
 SOCKET_TIMEOUT_MS = 120_000
 MAJORITY = WriteConcern('majority')
 UNAUTHORIZED = 13
+NO_PRIMARY = re.compile(r'(?i)\bnot? primary|Primary\(\)')
 # pymongo does not call all of them a lost connection, and none of them if they stand in the reply to a bulk write.
 PASSING_CODES = {
     6,  # HostUnreachable
@@ -139,7 +140,7 @@ class Target:
         """The address, what is wrong there, and what to do."""
         if isinstance(exc, OperationFailure) and exc.code == UNAUTHORIZED:
             advice = f'The URL must name a user who has the role readWrite on the database {self.dbname!r}.'
-        elif 'primary' in str(exc).lower():
+        elif NO_PRIMARY.search(str(exc)):
             advice = 'No member of the replica set takes writes; one that is new must be initiated, by rs.initiate().'
         else:
             advice = (

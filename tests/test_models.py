@@ -188,6 +188,23 @@ def test_a_source_that_fails_is_started_again(stream, caplog, monkeypatch):
     ]
 
 
+def test_a_source_that_waits_to_be_started_again_does_not_count_as_well(stream, monkeypatch):
+    monkeypatch.setattr(attached, 'WELL', 0.05)
+
+    class Source:
+        def stream(self, stream):
+            raise ConnectionError('no answer')
+
+        def cancel(self):
+            pass
+
+    stream.attach(Source())
+    eventually(lambda: stream.source_failure)
+    with pytest.raises(AssertionError):
+        eventually(lambda: not stream.source_failure, 0.3)
+    stream.stop()
+
+
 def test_a_source_that_begins_just_after_it_was_cancelled_is_cancelled_again(stream):
     cancelled, may_begin = threading.Event(), threading.Event()
 
