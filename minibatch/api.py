@@ -47,7 +47,7 @@ def stream(name: str, fn: Callable[..., Any] | None = None, url: str | None = No
 
     Raises:
         ArgumentError: naming the argument.
-        UnreachableError: if MongoDB does not answer.
+        UnreachableError, ServerError: if MongoDB does not answer, takes no writes, or does not let this user write.
 
     Example:
         >>> import minibatch as mb
@@ -144,7 +144,7 @@ def streaming(
     Raises:
         ArgumentError: naming the argument.
         PortabilityError: if the function cannot be sent to a worker process, naming the variable.
-        UnreachableError: if MongoDB does not answer.
+        UnreachableError, ServerError: if MongoDB does not answer, takes no writes, or does not let this user write.
 
     Example:
         >>> import minibatch as mb

@@ -231,7 +231,7 @@ class Stream(_Model):
 
         Raises:
             ArgumentError: naming the argument.
-            UnreachableError: if MongoDB does not answer.
+            UnreachableError, ServerError: if MongoDB does not answer, takes no writes, or does not let this user write.
         """
         given = _given(interval=interval, max_age=max_age, max_backlog=max_backlog, group_expiry=group_expiry)
         own = _given(batchsize=batchsize, linger=linger, timeout=timeout)

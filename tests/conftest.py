@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -24,6 +25,11 @@ from minibatch import connection, embedded
 from minibatch.cli import main
 
 SERVER_FIXTURES = {'mongod', 'standalone', 'url', 'db', 'standalone_url', 'home'}
+
+
+# Started in the background, by a shell without job control, we and our children would be deaf to Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

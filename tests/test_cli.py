@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import time
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -189,9 +190,12 @@ def terminal(width, answer, *words):
     env = {key: value for key, value in os.environ.items() if key != 'COLUMNS'}
     process = subprocess.Popen([sys.executable, '-m', 'minibatch', *words], stdin=its, stdout=its, stderr=its, env=env)
     os.close(its)
-    screen = b''
+    screen, deadline = b'', time.monotonic() + 120
     with suppress(OSError):  # it has ended
         while True:
+            if time.monotonic() > deadline:
+                process.kill()
+                raise AssertionError(f'{words} has not ended:\n{screen.decode(errors="replace")}')
             silent = not select.select([ours], [], [], 2)[0]
             if not silent:
                 screen += os.read(ours, 65536)

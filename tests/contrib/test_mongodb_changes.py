@@ -365,5 +365,6 @@ def test_a_change_that_is_too_large_for_an_event_is_recovered_as_lost_history_is
         eventually(lambda: {2, 3} <= set(numbers(db)), 40)
         things.insert_one({'_id': 4, 'i': 4})
         eventually(lambda: 4 in numbers(db))
-    assert numbers(db) == [1, 1, 2, 3, 4]
+    assert sorted(numbers(db)[:-1]) == [1, 1, 2, 3]  # 2 may have come before the rescan
+    assert numbers(db)[-1] == 4
     assert any('(error 10334)' in said for said in warnings())
