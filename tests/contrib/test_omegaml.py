@@ -251,4 +251,4 @@ def test_windows_come_from_one_dataset_and_go_to_another(om, url):
         eventually(lambda: om.datasets.metadata('totals') and len(rows(om, 'totals')) == 2)
     finally:
         emitter.stop()
-    assert [row['sum'] for row in rows(om, 'totals')] == [7, 11]
+    assert sorted(row['sum'] for row in rows(om, 'totals')) == [7, 11]  # windows may overtake each other
