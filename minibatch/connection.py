@@ -394,12 +394,21 @@ def _mock_client() -> Any:
     return mongomock.MongoClient()
 
 
+def reason_of(exc: Exception) -> str:
+    """What an error of pymongo says, without what it adds for those who look into pymongo."""
+    if isinstance(exc, BulkWriteError):
+        errors = exc.details.get('writeErrors') or exc.details.get('writeConcernErrors') or [{}]
+        return str(errors[0].get('errmsg', exc))
+    return re.split(r', Timeout:| \(configured timeouts|, full error:', str(exc))[0]
+
+
 def _without_secrets(exc: Exception, url: str) -> str:
-    message = re.split(r', Timeout:| \(configured timeouts|, full error:', str(exc))[0]
-    message = masked_text(message)
+    message = masked_text(reason_of(exc))
     password = url.partition('://')[2].rpartition('@')[0].partition(':')[2]
     for secret in (password, unquote(password)):
-        message = message.replace(secret, '***') if len(secret) > 3 else message  # else it masks parts of words
+        if secret:  # a short one may be part of many words
+            found = re.escape(secret) if len(secret) > 3 else rf'(?<!\w){re.escape(secret)}(?!\w)'
+            message = re.sub(found, '***', message)
     return message
 
 

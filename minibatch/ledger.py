@@ -128,16 +128,12 @@ def end_sessions(db: DB, stream: str, group: str, epoch: int, sessions: list[Any
     db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, {'$unset': {'sessions': 1}})
 
 
-def write_stalled(db: DB, stream: str, group: str, epoch: int, since: datetime | None) -> None:
-    """Note since when windows wait and none is finished, or that they are again."""
-    update = {'$unset': {'stalled': 1}} if since is None else {'$set': {'stalled': since}}
-    db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, update)
-
-
-def write_source_error(db: DB, stream: str, group: str, epoch: int, error: str) -> None:
-    """Note what the source has failed with, or with '' that it runs well."""
-    update = {'$set': {'source_error': error}} if error else {'$unset': {'source_error': 1}}
-    db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, update)
+def note(db: DB, stream: str, group: str, epoch: int, **fields: Any) -> None:
+    """Note how the group is, as fields of its document; None takes a field away."""
+    update: Doc = {'$set': {}, '$unset': {}}
+    for name, value in fields.items():
+        update['$unset' if value is None else '$set'][name] = value
+    db.group.update_one({'_id': group_id(stream, group), 'lease.epoch': epoch}, {k: v for k, v in update.items() if v})
 
 
 def renew_lease(db: DB, stream: str, group: str, epoch: int, seconds: float) -> datetime:

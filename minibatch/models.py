@@ -26,7 +26,7 @@ from . import clock, dead, groups, ledger, messages, store, tail
 from .abc import Source, WindowCommit
 from .attached import Attached
 from .backlog import TIMEOUT, Limits
-from .connection import Target, current, current_stream, is_passing, target
+from .connection import Target, current, current_stream, is_passing, reason_of, target
 from .errors import ArgumentError, DataError, ServerError
 from .groups import DeadLetters, Group
 from .messages import Message, MessageWindow
@@ -570,7 +570,7 @@ def _opened(where: Target, name: str, options: dict[str, Any]) -> dict[str, Any]
             if not is_passing(exc) or time.monotonic() > deadline:
                 raise ServerError(f'stream {name!r} cannot be opened at {where.explain(exc)}') from exc
             if not told:
-                logger.warning('stream %r is not open yet, trying for %g s: %s', name, OPEN_TIMEOUT, exc)
+                logger.warning('stream %r is not open yet, trying for %g s: %s', name, OPEN_TIMEOUT, reason_of(exc))
             told = True
             time.sleep(OPEN_PAUSE)
 

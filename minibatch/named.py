@@ -27,9 +27,9 @@ from pymongo.errors import PyMongoError
 from . import clock, connection, ledger, store
 from .abc import SourceMessage
 from .backlog import Limits, Room, count_backlog
-from .connection import Target, is_passing
+from .connection import Target, is_passing, reason_of
 from .errors import ArgumentError, CancelledError, DataError, OvertakenError, ServerError
-from .producer import INSERT_BYTES, MAX_MESSAGE_BYTES, RENEWED, cuts, encode_both, new_id, reason_of
+from .producer import INSERT_BYTES, MAX_MESSAGE_BYTES, RENEWED, cuts, encode_both, new_id
 
 logger = logging.getLogger(__name__)
 

@@ -106,7 +106,7 @@ class Planner:
     def _stall_watch(self) -> StallWatch:
         def report(seconds: float | None) -> None:
             since = None if seconds is None else self.lease.now() - timedelta(seconds=seconds)
-            ledger.write_stalled(self.target.majority, self.name, self.group, self.epoch, since)
+            ledger.note(self.target.majority, self.name, self.group, self.epoch, stalled=since)
 
         def look() -> tuple[int, int]:
             return len(self.progress.open), self.delivery.finished
@@ -229,7 +229,7 @@ class Planner:
         if self.stream.wants_source(source):
             self.stream.attach(source)
         if (error := self.stream.source_failure[:SOURCE_ERROR_KEPT]) != self._source_error:
-            ledger.write_source_error(self.target.majority, self.name, self.group, self.epoch, error)
+            ledger.note(self.target.majority, self.name, self.group, self.epoch, source_error=error or None)
             self._source_error = error
 
     def _appended(self, record: dict[str, Any]) -> None:
@@ -311,10 +311,8 @@ class Planner:
             ledger.clear_group(db, self.name, self.group, self.epoch, number)
         if doc.get('reset'):
             ledger.finish_reset(db, self.name, self.group, self.epoch, doc['reset'])
-        if doc.get('stalled'):
-            ledger.write_stalled(db, self.name, self.group, self.epoch, None)
-        if doc.get('source_error'):
-            ledger.write_source_error(db, self.name, self.group, self.epoch, '')
+        if doc.get('stalled') or doc.get('source_error'):
+            ledger.note(db, self.name, self.group, self.epoch, stalled=None, source_error=None)
 
     def _first_positions(self, positions: dict[str, int]) -> dict[str, int]:
         """Where a new group begins."""

@@ -27,11 +27,11 @@ import bson
 from bson.binary import UuidRepresentation
 from bson.codec_options import DatetimeConversion
 from bson.raw_bson import RawBSONDocument
-from pymongo.errors import BulkWriteError, PyMongoError
+from pymongo.errors import PyMongoError
 
 from . import clock, store
 from .backlog import TIMEOUT, Limits, Room, count_backlog
-from .connection import Target, is_passing, masked
+from .connection import Target, is_passing, masked, reason_of
 from .errors import BacklogFullError, DataError, ServerError, UnconfirmedError
 
 logger = logging.getLogger(__name__)
@@ -572,13 +572,6 @@ def _find_key(value: Any, wanted: str, path: str = '') -> str:
     elif isinstance(value, (list, tuple)):
         children = enumerate(value)
     return next((found for key, child in children if (found := _find_key(child, wanted, f'{path}[{key!r}]'))), '')
-
-
-def reason_of(exc: Exception) -> str:
-    if isinstance(exc, BulkWriteError):
-        errors = exc.details.get('writeErrors') or exc.details.get('writeConcernErrors') or [{}]
-        return str(errors[0].get('errmsg', exc))
-    return str(exc).partition(', Timeout:')[0]
 
 
 def _forget_inherited_producers() -> None:

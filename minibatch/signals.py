@@ -32,6 +32,13 @@ def handled(ask: Callable[[], None], insist: Callable[[int], None]) -> Iterator[
         else:
             ask()
 
+    with caught(handle):
+        yield
+
+
+@contextmanager
+def caught(handle: Callable[[int, Any], None]) -> Iterator[None]:
+    """Meanwhile a signal calls `handle`, with its number and the frame; in the main thread only."""
     before = {number: signal.signal(number, handle) for number in NUMBERS}
     try:
         yield

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from pymongo.errors import ConfigurationError
+from pymongo.errors import ConfigurationError, PyMongoError
 
 from minibatch import connection
 from minibatch.connection import Target, authenticated_url, connectdb, masked, target
@@ -84,6 +84,12 @@ def test_a_server_that_does_not_answer_is_named_and_the_password_is_not(monkeypa
         target('mongodb://me:secret@127.0.0.1:1/db').check()
     assert '127.0.0.1:1' in str(caught.value)
     assert 'secret' not in str(caught.value)
+
+
+def test_a_short_password_is_masked_as_a_word_and_a_long_one_everywhere():
+    said = PyMongoError("Bad value 'ab' for cabbage")
+    assert "Bad value '***' for cabbage." in Target('mongodb://u:ab@h/x', 'x').explain(said)
+    assert "Bad value 'ab' for c***e." in Target('mongodb://u:abbag@h/x', 'x').explain(said)
 
 
 def test_bookkeeping_is_at_majority_whatever_the_url_says():

@@ -22,7 +22,7 @@ class _Main(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         from pymongo.errors import PyMongoError
 
-        from ..connection import masked_text
+        from ..connection import masked_text, reason_of
 
         try:
             return super().invoke(ctx)
@@ -35,7 +35,7 @@ class _Main(click.Group):
             if ctx.params['debug']:
                 click.echo(masked_text(traceback.format_exc()), err=True, nl=False)
             kind = '' if isinstance(exc, MinibatchError) else f'{type(exc).__name__}: '
-            said = str(exc).partition(', full error: ')[0]  # which says it again
+            said = reason_of(exc) if isinstance(exc, PyMongoError) else exc
             lines = masked_text(f'error: {kind}{said}').splitlines()
             click.echo('\n'.join(map(plain, lines)), err=True)
             ctx.exit(1)

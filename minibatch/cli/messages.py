@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -121,7 +120,7 @@ class Appending:
     def run(self, start: int, show: Callable[[], None]) -> None:
         """Append from line `start` on, until the end or a problem; call `show` now and then."""
         self.done = start - 1
-        with self._interruptible():
+        with signals.caught(self._interrupt):
             try:
                 for batch in self.source.batches(start):
                     self._append(*batch, show)
@@ -171,21 +170,11 @@ class Appending:
         self.appended += written
         self.done = numbers[written - 1] if written else self.done
 
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM let what is being written come to its end, to say how far it is; a second one does not."""
-
-        def interrupt(number: int, frame: object) -> None:
-            again, self.interrupted = self.interrupted, number
-            if again or not self._writing:
-                raise KeyboardInterrupt
-
-        before = {number: signal.signal(number, interrupt) for number in signals.NUMBERS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _interrupt(self, number: int, frame: object) -> None:
+        """Let what is being written come to its end, to say how far it is; a second signal does not."""
+        again, self.interrupted = self.interrupted, number
+        if again or not self._writing:
+            raise KeyboardInterrupt
 
 
 def _storable(messages: list[dict[str, Any]]) -> tuple[int, str]:

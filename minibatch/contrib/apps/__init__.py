@@ -187,18 +187,7 @@ class StreamingApp(Blueprint):
         led = [status.group for stream in look.streams for status in stream.groups if status.group.owner]
         return [
             *filter(None, [look.error, *(consumer.problem for consumer in self.consumers)]),
-            *(
-                f'stream {group.stream!r}, group {group.name!r}: windows wait, and none was finished since '
-                f'{group.stalled:%Y-%m-%d %H:%M:%S} UTC'
-                for group in led
-                if group.stalled
-            ),
-            *(
-                f'stream {group.stream!r}, group {group.name!r}: its source has failed, and is started again: '
-                f'{group.source_error}'
-                for group in led
-                if group.source_error
-            ),
+            *(f'stream {group.stream!r}, group {group.name!r}: {what}' for group in led for what in _troubles(group)),
         ]
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
@@ -350,6 +339,13 @@ class StreamingApp(Blueprint):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _troubles(group: Any) -> Iterator[str]:
+    if group.stalled:
+        yield f'windows wait, and none was finished since {group.stalled:%Y-%m-%d %H:%M:%S} UTC'
+    if group.source_error:
+        yield f'its source has failed, and is started again: {group.source_error}'
 
 
 def _check_name(name: Any) -> None:
