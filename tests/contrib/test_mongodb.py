@@ -3,9 +3,12 @@
 import subprocess
 import sys
 import threading
+import uuid
+from collections import Counter
+from datetime import datetime
 
 import pytest
-from pymongo import MongoClient, WriteConcern
+from pymongo import MongoClient, WriteConcern, monitoring
 from pymongo.errors import BulkWriteError
 from servers import Mongod, Proxy, eventually
 
@@ -16,6 +19,17 @@ from minibatch.contrib.mongodb import sink as mongodb
 from minibatch.errors import ArgumentError, DataError, LeaseLostError
 
 WINDOW = 'numbers (+1.5)/default/7'
+
+
+class CommandCounter(Counter, monitoring.CommandListener):
+    """How often each command was sent."""
+
+    def started(self, event):
+        self[event.command_name] += 1
+
+    def succeeded(self, event): ...
+
+    def failed(self, event): ...
 
 
 def stored(db):
@@ -102,6 +116,83 @@ def test_the_results_of_windows_arrive_in_the_collection(url, db):
     )  # fmt: skip
     emitter.run(blocking=False)
     assert sorted(doc['total'] for doc in stored(db)) == [1, 5, 9]
+
+
+# --- inserted a second time
+
+ONCE = [{'_id': 'a', 'n': 1, 'of': {'x': [1, None]}}, {'_id': 'b', 'n': float('nan')}, {'_id': None, 'n': -0.0}]
+
+
+def test_a_window_whose_insert_lost_its_reply_is_delivered_and_no_dead_letter(mongod, url, db):
+    mb.stream('numbers', url=url).append_many({'_id': f'number {i}', 'a': i} for i in range(4))
+    with Proxy(mongod.port) as proxy, MongoClient(proxy.url(db.name), retryWrites=False) as client:
+        emitter = mb.make_emitter('numbers', url=url, size=2, workers=1, sink=MongoSink(client[db.name].results))
+        happened = proxy.cut_reply(b'results')
+        emitter.run(blocking=False)
+        eventually(lambda: emitter.run(blocking=False) or db.window.count_documents({'status': 'open'}) == 0)
+        assert happened.wait(10)
+    assert [doc['a'] for doc in everything(db)] == [0, 1, 2, 3]
+    assert not list(mb.stream('numbers', url=url).dead_letters())
+
+
+@pytest.mark.parametrize('there', [1, 2, 3])
+def test_documents_that_are_there_as_they_would_be_inserted_are_delivered(db, there):
+    sink = MongoSink(db.results)
+    sink.put(ONCE[:there])
+    sink.put([*ONCE, {'n': 4}])
+    assert [doc['_id'] for doc in db.results.find()][:3] == ['a', 'b', None]
+    assert db.results.count_documents({}) == 4
+
+
+@pytest.mark.parametrize(('index', 'doc'), [
+    (['window', 'item'], {'window': WINDOW, 'item': 1}),
+    (['of.day'], {'of': {'day': datetime(2026, 11, 28), 'id': uuid.UUID(int=7)}}),
+    (['tags'], {'tags': ['a', 'b']}),
+    (['missing'], {'a': 1}),
+], ids=str)  # fmt: skip
+def test_documents_that_a_unique_index_keeps_apart_are_inserted_once(url, index, doc):
+    with MongoClient(url, uuidRepresentation='standard') as client:
+        results = client.get_default_database().results
+        results.create_index([(field, 1) for field in index], unique=True)
+        MongoSink(results).put(doc)
+        assert MongoSink(results).put_many([doc, doc], handles(2)) == 2
+        assert stored(results.database) == [doc]
+
+
+def test_another_document_under_the_same_key_is_refused_by_its_key(db):
+    sink = MongoSink(db.results)
+    sink.put([{'_id': 'a', 'n': 1}, {'_id': 'c', 'n': 1}])
+    with pytest.raises(DataError, match=r'item 2 .* _id: "c" .* upsert='):
+        sink.put([{'_id': 'a', 'n': 1}, {'_id': 'b', 'n': 1}, {'_id': 'c', 'n': 2}])
+    assert [doc['n'] for doc in everything(db)] == [1, 1, 1]
+
+
+def test_what_is_there_is_looked_up_many_documents_at_a_time(url, db):
+    docs = [{'_id': i} for i in range(1200)]
+    MongoSink(db.results).put(docs[:1100])
+    commands = CommandCounter()
+    with MongoClient(url, event_listeners=[commands]) as client:
+        MongoSink(client[db.name].results).put(docs)
+    assert db.results.count_documents({}) == 1200
+    assert commands['find'] == 3
+    assert commands['insert'] == 2
+
+
+def test_many_windows_of_which_some_were_delivered_are_delivered(db):
+    results = [{'_id': i, 'n': i} for i in range(4)]
+    MongoSink(db.results).put(results[:2])
+    assert MongoSink(db.results).put_many([*results, {'_id': 3, 'n': 7}, {'_id': 8}], handles(6)) == 4
+    assert everything(db) == results
+
+
+@pytest.mark.parametrize('once', [False, True], ids=['put', 'put_once'])
+def test_documents_that_pass_a_unique_value_on_are_replaced_again_by_another_attempt(alone, once):
+    alone.seats.create_index('seat', unique=True)
+    sink = MongoSink(alone.seats, exactly_once=once, upsert='who')
+    moves = [{'who': 'ann', 'seat': 1}, {'who': 'ann', 'seat': 2}, {'who': 'bob', 'seat': 1}]
+    for _ in range(2):
+        sink.put_once(moves, Commit(alone)) if once else sink.put(moves)
+        assert list(alone.seats.find({}, {'_id': 0})) == moves[1:]
 
 
 # --- replaced by key
@@ -453,7 +544,7 @@ def test_results_of_many_windows_are_inserted_at_once_and_in_order(db):
 
 def test_of_many_windows_those_before_a_refused_document_are_delivered(db):
     db.results.create_index('a', unique=True)
-    db.results.insert_one({'a': 3})
+    db.results.insert_one({'a': 3, 'of': 'another'})
     assert MongoSink(db.results).put_many([{'a': 1}, {'a': 2}, [{'a': 4}, {'a': 3}], {'a': 5}], handles(4)) == 2
 
 

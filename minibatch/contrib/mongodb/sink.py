@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any
 
+import bson
+from bson.raw_bson import RawBSONDocument
 from pymongo import DeleteMany, ReadPreference, ReplaceOne, WriteConcern
 from pymongo.client_session import ClientSession
 from pymongo.collection import Collection
@@ -16,11 +18,13 @@ from pymongo.read_concern import ReadConcern
 from minibatch.abc import WindowCommit
 from minibatch.errors import ArgumentError, DataError
 
+from .documents import RAW
+
+DUPLICATE_KEY = 11000
+MAX_LOOKED_UP = 500  # documents, in one query
 MAX_DOCUMENTS = 1_000_000
 MAX_WINDOWS = 200  # in one write, or transaction
 MAX_TOGETHER = 10_000  # documents, of several windows
-
-_Write: TypeAlias = 'ReplaceOne[Any] | DeleteMany'
 
 
 class MongoSink:
@@ -29,8 +33,10 @@ class MongoSink:
     A mapping becomes one document, a list (or other iterable) of mappings one document each, an empty list none.
     The write concern is majority, unless the collection or its client has one.
 
-    Without options, documents are inserted. A window is tried again after a crash between sink and commit, and its
-    documents are then inserted a second time; return the ``window.id`` with the result to recognise them.
+    Without options, documents are inserted. A window is tried again after a crash between sink and commit, or when a
+    reply was lost, and its documents are then inserted a second time; return the ``window.id`` with the result to
+    recognise them. Documents with an ``_id`` of their own, and those that a unique index keeps apart, are not: what is
+    there already, as it would be inserted, is delivered. Another document at its place is an error.
 
     **exactly_once=True** shows the result of each window once. The sink then has ``put_once``, and so is an
     `minibatch.abc.ExactlyOnceSink`; its ``put`` refuses. A document without an ``_id`` (or None) is given one made of
@@ -96,16 +102,21 @@ class MongoSink:
         Raises:
             ArgumentError: with exactly_once=True; call ``put_once``, which is told the window.
             DataError: naming the type, if it is neither a mapping nor an iterable of mappings, or the field of
-                ``upsert=`` that a document lacks; nothing was written.
+                ``upsert=`` that a document lacks; nothing was written. Or naming the key, if another document has it.
             pymongo.errors.PyMongoError: as the driver does.
         """
         if self._exactly_once:
             raise ArgumentError('MongoSink with exactly_once=True must be told the window; call put_once, not put')
         docs = _documents(messages)
-        if docs and self._key:
-            self._collection.bulk_write(_replacements(docs, self._key))
-        elif docs:
-            self._collection.insert_many(docs)
+        if self._key:
+            self._replace(docs, self._key)
+            return
+        there, refusal = self._insert(docs)
+        if refusal:
+            raise DataError(
+                f'item {there} is not what the collection has under its unique key: {refusal}; return documents with '
+                f'keys of their own, or let upsert= or exactly_once=True replace what is there'
+            )
 
     def put_many(self, results: Sequence[Any], windows: Sequence[WindowCommit]) -> int:
         """Write the results of many windows at once; returns how many. See `minibatch.abc.BulkSink`."""
@@ -114,26 +125,13 @@ class MongoSink:
         results, windows = results[:count], windows[:count]
         if self._exactly_once:
             return len(results) if self._write_once(results, windows) else 0
+        parts = [_documents(result) for result in results]
+        docs = [doc for part in parts for doc in part]
         if self._key:
-            docs = [doc for result in results for doc in _documents(result)]
-            if docs:
-                self._collection.bulk_write(_replacements(docs, self._key))
-        else:
-            return self._insert_many([_documents(result) for result in results])
-        return len(results)
-
-    def _insert_many(self, results: list[list[dict[str, Any]]]) -> int:
-        docs = [doc for result in results for doc in result]
-        try:
-            if docs:
-                self._collection.insert_many(docs)
+            self._replace(docs, self._key)
             return len(results)
-        except BulkWriteError as exc:
-            if not exc.details['writeErrors'] or exc.details.get('writeConcernErrors'):
-                raise
-            inserted = exc.details['writeErrors'][0]['index']
-        ends = accumulate(map(len, results))
-        return sum(1 for end in ends if end <= inserted)
+        there, _ = self._insert(docs)
+        return sum(1 for end in accumulate(map(len, parts)) if end <= there)
 
     def _put_once(self, messages: Any, window: WindowCommit) -> None:
         """Write the result of one window so that it is there once; see the class. Raises as `put` does."""
@@ -141,21 +139,76 @@ class MongoSink:
 
     def _write_once(self, results: Sequence[Any], windows: Sequence[WindowCommit]) -> bool:
         """Write the results of windows; False if they must be given one by one, and nothing is written."""
-        joins = windows[0].joins(self._collection.database.client)
-        writes: list[_Write] = []
+        key = self._key or ('_id',)
+        all_docs: list[dict[str, Any]] = []
+        stale: list[DeleteMany] = []
         for result, window in zip(results, windows, strict=True):
             docs = _documents(result)
-            generated = 0 if self._key else _number(docs, window.id)
-            writes += _replacements(docs, self._key or ('_id',))
-            if not joins and not self._key:
-                writes.append(DeleteMany(_numbered_from(generated, window.id)))
-        if writes and joins:
-            return self._commit(windows, writes)
-        if writes:
-            self._collection.bulk_write(writes)
+            if not self._key:
+                stale.append(DeleteMany(_numbered_from(_number(docs, window.id), window.id)))
+            all_docs += docs
+
+        if not windows[0].joins(self._collection.database.client):
+            self._replace(all_docs, key, stale)
+        elif all_docs:
+            return self._commit(windows, _replacements(all_docs, key))
         return True
 
-    def _commit(self, windows: Sequence[WindowCommit], writes: list[_Write]) -> bool:
+    def _replace(self, docs: list[dict[str, Any]], key: tuple[str, ...], then: Sequence[DeleteMany] = ()) -> None:
+        """Replace documents by their key; if they cannot follow on each other, the last one of each key."""
+        if not docs and not then:
+            return
+        try:
+            self._collection.bulk_write([*_replacements(docs, key), *then])
+        except BulkWriteError as exc:
+            options = self._collection.codec_options
+            keys = [bson.encode({field: doc[field] for field in key}, codec_options=options) for doc in docs]
+            last = list(dict(zip(keys, docs, strict=True)).values())
+            if _duplicate(exc) is None or len(last) == len(docs):
+                raise
+            # An earlier attempt may have written all of them, and what came later has a unique value of one before.
+            self._collection.bulk_write([*_replacements(last, key), *then])
+
+    def _insert(self, docs: list[dict[str, Any]]) -> tuple[int, str]:
+        """Insert documents, but those that an earlier attempt has inserted.
+
+        Returns:
+            How many of them, from the first on, are there, and why the next one is not: another one has its key.
+        """
+        own = ['_id' in doc for doc in docs]  # pymongo gives the others one
+        left = list(range(len(docs)))
+        while left:
+            try:
+                self._collection.insert_many([docs[i] for i in left])
+                break
+            except BulkWriteError as exc:
+                if (error := _duplicate(exc)) is None:
+                    raise
+            left = left[error['index'] :]
+            there = self._find_alike([(docs[i], own[i]) for i in left], list(error.get('keyPattern', ['_id'])))
+            if not there[0]:
+                return left[0], error['errmsg']
+            left = [i for i, found in zip(left, there, strict=True) if not found]
+        return len(docs), ''
+
+    def _find_alike(self, docs: list[tuple[dict[str, Any], bool]], key: list[str]) -> list[bool]:
+        """Of each document (and whether its _id is its own) whether it is stored as it is, under the same unique key.
+
+        As the server has refused one of them at the write concern of the collection, what it has is there to stay.
+        """
+        options = self._collection.codec_options
+        raw_options = options.with_options(document_class=RawBSONDocument)
+        stored = self._collection.with_options(raw_options, ReadPreference.PRIMARY)
+        alike = []
+        for first in range(0, len(docs), MAX_LOOKED_UP):
+            part = docs[first : first + MAX_LOOKED_UP]
+            queries = [{field: {'$eq': _value_at(doc, field)} for field in key} for doc, _ in part]
+            found = [document.raw for document in stored.find({'$or': queries})]
+            contents = {own: {_content(raw, own) for raw in found} for own in (True, False)}
+            alike += [_content(bson.encode(doc, codec_options=options), own) in contents[own] for doc, own in part]
+        return alike
+
+    def _commit(self, windows: Sequence[WindowCommit], writes: list[ReplaceOne[Any]]) -> bool:
         def attempt(session: ClientSession) -> bool:
             if len(windows) > 1:
                 new = done = windows[0].commit_all(windows, session)
@@ -221,6 +274,25 @@ def _replacements(docs: list[dict[str, Any]], key: tuple[str, ...]) -> list[Repl
             if str(field).startswith('$'):
                 raise DataError(f'{field!r} of item {i} begins with $, which MongoDB refuses in a replacement')
     return [ReplaceOne({field: {'$eq': doc[field]} for field in key}, doc, upsert=True) for doc in docs]
+
+
+def _duplicate(exc: BulkWriteError) -> Mapping[str, Any] | None:
+    """What the server says of a document that it refused for the sake of a unique key; None of other errors."""
+    errors = exc.details['writeErrors']
+    lasting = errors and not exc.details.get('writeConcernErrors')
+    return errors[0] if lasting and errors[0]['code'] == DUPLICATE_KEY else None
+
+
+def _value_at(doc: Any, path: str) -> Any:
+    for name in path.split('.'):
+        doc = doc.get(name) if isinstance(doc, Mapping) else None
+    return doc
+
+
+def _content(raw: bytes, with_id: bool) -> bytes:
+    """A document as bytes that can be compared, with its _id or without."""
+    fields = RawBSONDocument(raw, RAW).items()
+    return bson.encode({name: value for name, value in fields if with_id or name != '_id'}, codec_options=RAW)
 
 
 def _documents(messages: Any) -> list[dict[str, Any]]:
