@@ -118,7 +118,7 @@ def streaming(
         name: the name of the stream.
         fn: the function, called with each window in a worker process. What it returns goes to the sink; None, or
             a window, means the data of the window.
-        interval: seconds between windows.
+        interval: seconds between windows, in whole milliseconds.
         size: messages per window.
         emitter: a `WindowEmitter` class of yours; it gets `size` and `interval`.
         relaxed: with `interval`: True (the default) for all messages since the last window, False for fixed windows
@@ -234,7 +234,7 @@ def _make(
     if options['queue'] is not None and not hasattr(options['queue'], 'get'):
         raise ArgumentError(f'queue must have a method get; {type(options["queue"]).__name__} has not')
     if size is None and interval is None and options.get('gap') is None and emitter is None and stream is not None:
-        interval = stream.interval
+        interval = stream.interval and round(stream.interval, 3)  # stored when fractions of a millisecond were taken
     options.update(size=size, interval=interval)
     chosen = _emitter_class(emitter, relaxed, options)
     for option in ('size', 'interval', *kinds.OPTIONS):

@@ -1,6 +1,7 @@
 """Time, without looking at a clock: every function takes the time as an argument, except `now`.
 
-Datetimes are aware and in UTC, durations are seconds as float, windows are half-open: [start, end).
+Datetimes are aware and in UTC, durations that users give are seconds as float, windows are half-open: [start, end).
+What MongoDB stores has whole milliseconds, and so has all that windows are made of.
 """
 
 from __future__ import annotations
@@ -31,14 +32,24 @@ def from_ms(ms: int) -> datetime:
     return EPOCH + ms * MILLISECOND
 
 
-def window_start(time: datetime, interval: float) -> datetime:
-    """The start of the fixed window of `interval` seconds that `time` is in; windows are aligned to 1970.
+def whole_ms(seconds: float) -> int | None:
+    """Seconds in milliseconds, if they are a whole number of them but for what a float cannot say.
 
-    >>> window_start(EPOCH + timedelta(seconds=12), 5) - EPOCH
+    >>> whole_ms(1.001), whole_ms(1 / 3)
+    (1001, None)
+    """
+    exact = seconds * 1000
+    ms = round(exact)
+    return ms if abs(exact - ms) < 0.0005 or ms / 1000 == seconds else None
+
+
+def window_start(time: datetime, interval: int) -> datetime:
+    """The start of the fixed window of `interval` milliseconds that `time` is in; windows are aligned to 1970.
+
+    >>> window_start(EPOCH + timedelta(seconds=12), 5000) - EPOCH
     datetime.timedelta(seconds=10)
     """
-    step = timedelta(seconds=interval)
-    return EPOCH + (time - EPOCH) // step * step
+    return from_ms(to_ms(time) // interval * interval)
 
 
 class ServerClock:

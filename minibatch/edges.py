@@ -17,6 +17,12 @@ def cut(log: Log, span: Span, end: datetime, now: datetime) -> Span:
     return span._replace(end=seen.cut(log, span, end, now))
 
 
+def next_time(log: Log, waiting: list[Span], now: datetime) -> datetime:
+    """The time of the first message behind what was cut, as far as it was read; else `now`."""
+    seen: list[_Seen] = [log.memory[span.producer] for span in waiting]
+    return min([now, *(each.next_time for each in seen if each.next_time is not None)])
+
+
 class _Seen:
     """The times of the messages of one producer, read ahead of the windows: never backwards, never in the future."""
 
@@ -24,6 +30,10 @@ class _Seen:
         self._until = offset
         self._runs: list[tuple[int, datetime]] = []  # (offset after the run, time of its messages)
         self._latest = clock.EPOCH
+
+    @property
+    def next_time(self) -> datetime | None:
+        return self._runs[0][1] if self._runs else None
 
     def cut(self, log: Log, span: Span, end: datetime, now: datetime) -> int:
         if self._until < span.start:

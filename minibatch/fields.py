@@ -18,6 +18,8 @@ MAX_TEXT = 1000
 MAX_INT = 1 << 63
 FIRST, LAST = (clock.to_ms(datetime(year, 1, 1, tzinfo=timezone.utc)) for year in (100, 9900))
 
+IN_A_SECOND = {'milliseconds': 10**3, 'microseconds': 10**6, 'nanoseconds': 10**9}
+
 Of = str | Callable[[Any], Any]
 
 
@@ -76,23 +78,51 @@ def time_of(value: Any) -> int:
 
     Args:
         value: a datetime (naive is UTC), a number of seconds since 1970, or a string as
-            ``datetime.fromisoformat`` reads it, also with a ``Z``.
+            ``datetime.fromisoformat`` reads it, also with a ``Z``. A number in a string is no time.
     """
     if isinstance(value, str):
-        try:
-            value = datetime.fromisoformat(value[:-1] + '+00:00' if value.endswith(('Z', 'z')) else value)
-        except ValueError:
-            raise BadMessage(f'is no time: {value[:100]!r}') from None
+        value = iso_time(value)
     if isinstance(value, datetime):
         time = clock.to_ms(value)
     elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        time = math.floor(value * 1000)
+        whole = clock.whole_ms(value)
+        time = math.floor(value * 1000) if whole is None else whole
     else:
         raise BadMessage(f'is no time: {str(value)[:100]!r} ({type(value).__name__})')
     if not FIRST <= time < LAST:
-        hint = '; these look like milliseconds, and seconds are expected' if FIRST <= time // 1000 < LAST else ''
-        raise BadMessage(f'is not between the years 100 and 9900: {str(value)[:100]}{hint}')
+        raise BadMessage(f'is not between the years 100 and 9900: {str(value)[:100]}{_unit_hint(value)}')
     return time
+
+
+def iso_time(text: str) -> datetime:
+    """The time that a string in ISO 8601 says, also with a ``Z``; naive if it says no offset."""
+    read = text[:-1] + '+00:00' if text.endswith(('Z', 'z')) else text
+    try:
+        if text[:9].isdecimal():
+            if len(text) != 8:  # Python reads the year 1712 in 1712121300123, milliseconds of the year 2024
+                raise ValueError
+            read = f'{text[:4]}-{text[4:6]}-{text[6:]}'  # as Python 3.10 reads it, too
+        return datetime.fromisoformat(read)
+    except ValueError:
+        raise BadMessage(f'is no time: {text[:100]!r}{_number_hint(text)}') from None
+
+
+def _number_hint(text: str) -> str:
+    """What to do about a number in a string."""
+    try:
+        number = float(text)
+    except ValueError:
+        return ''
+    return f', which is a number in a string{_unit_hint(number)}; give seconds since 1970, as a number'
+
+
+def _unit_hint(number: Any) -> str:
+    """The unit in which a number would be a time, when it is none in seconds."""
+    if isinstance(number, (int, float)) and not FIRST <= number * 1000 < LAST:
+        for unit, in_a_second in IN_A_SECOND.items():
+            if FIRST <= number / in_a_second * 1000 < LAST:
+                return f'; it looks like {unit}, and seconds are expected'
+    return ''
 
 
 def key_of(value: Any) -> Any:

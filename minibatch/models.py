@@ -209,7 +209,7 @@ class Stream(_Model):
         Args:
             name: the name of the stream.
             url: a MongoDB URL, see `connectdb` for what holds without one.
-            interval: seconds; the interval of the windows of `Stream.streaming` if that names none.
+            interval: seconds, in whole milliseconds; that of the windows of `Stream.streaming` if it names none.
             batchsize: messages appended one by one are written as one record batch when there are so many.
                 `append` then only queues, and `flush` acknowledges them. One batch is written while the next one is
                 filled; the append that fills that one waits for it, and raises if it could not be written.
@@ -237,6 +237,7 @@ class Stream(_Model):
         own = _given(batchsize=batchsize, linger=linger, timeout=timeout)
         check_name('the name of a stream', name)
         check_options({**given, **own})
+        check_whole_ms(_given(interval=interval))
         if on_full is not None:
             check_choice('on_full', on_full, 'block', 'raise')
             given['on_full'] = on_full
@@ -633,3 +634,13 @@ def check_options(options: dict[str, Any]) -> None:
             least = {'linger': 0.0, 'lateness': 0.0, 'lease': 0.1}.get(name, 0.001)
             if not least <= value <= MAX_SECONDS:
                 raise ArgumentError(f'{name} must be from {least:g} to {MAX_SECONDS:g} seconds, not {value!r}')
+
+
+def check_whole_ms(durations: dict[str, float]) -> None:
+    """Raise `ArgumentError`, naming the option, unless these seconds are whole milliseconds, as stored times are."""
+    for name, seconds in durations.items():
+        if clock.whole_ms(seconds) is None:
+            raise ArgumentError(
+                f'{name} must be a whole number of milliseconds, not {seconds!r} seconds; '
+                f'the nearest is {name}={round(seconds, 3) or 0.001}'
+            )

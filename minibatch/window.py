@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any
 
 from . import assign, clock, edges, kinds, messages
@@ -21,7 +22,7 @@ from .emitter import WindowEmitter
 from .errors import ArgumentError
 from .fields import BadMessage, Fields
 from .marshaller import name_of
-from .models import Stream, check_choice, check_options
+from .models import Stream, check_choice, check_options, check_whole_ms
 from .progress import Log, WindowPlan
 from .store import Span
 
@@ -48,7 +49,7 @@ class PlannedWindow(WindowEmitter):
             is a window for each key, a str, int, float, bool, datetime, ObjectId, or a tuple of those. A message
             without is a dead letter of its own.
         timestamp: the name of a field, or a function: the time of a message, a datetime (naive is UTC), seconds since
-            1970, or a string in ISO 8601. A message without is a dead letter of its own.
+            1970, or a string in ISO 8601; a number in a string is none. A message without is a dead letter of its own.
         lateness: seconds by which messages may come late: the watermark stays so far behind the highest time.
         late: what becomes of messages that are later: 'drop', or a `Stream` which they are appended to.
         max_open_windows: how many windows may be open, 10,000 by default.
@@ -79,9 +80,8 @@ class PlannedWindow(WindowEmitter):
         if self.assigns and self.picks:
             raise ArgumentError(f'key, timestamp, slide and gap do not go with {type(self).__name__}, which picks '
                                 f'messages itself')  # fmt: skip
-        for name, seconds in {**given, 'lateness': lateness, 'interval': self.interval}.items():
-            if self.assigns and seconds is not None:
-                _whole_ms(name, seconds)
+        durations = {**given, 'lateness': lateness, 'interval': self.interval}
+        check_whole_ms({name: seconds for name, seconds in durations.items() if seconds is not None})
         self.wakes_on_append = self.wakes_on_append or self.event_time
         self._lateness, self._most, self._strict = lateness or 0.0, max_open_windows, overflow == 'error'
         self._due: datetime | None = None
@@ -114,7 +114,7 @@ class PlannedWindow(WindowEmitter):
         raise NotImplementedError
 
     def plan(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
-        return self._assign(log, limit) if self.assigns else self.cut(log, now, limit)
+        return self._assign(log, limit) if self.assigns else self.cut(log, clock.from_ms(clock.to_ms(now)), limit)
 
     def _assign(self, log: Log, limit: int) -> list[WindowPlan]:
         """Read on, and plan the windows that are due by what was read and by when the log was looked at."""
@@ -160,7 +160,7 @@ class PlannedWindow(WindowEmitter):
             assign.NEVER if time is None else clock.to_ms(time) for time in (log.frontier, log.watermark)
         )
         return Assigner(
-            self.rule(), event=self.event_time, lateness=_whole_ms('lateness', self._lateness),
+            self.rule(), event=self.event_time, lateness=_ms(self._lateness),
             most=self._most or MAX_OPEN_WINDOWS, strict=self._strict, frontier=frontier, watermark=watermark,
             stored=stored,
         )  # fmt: skip
@@ -198,11 +198,9 @@ def _time(ms: int | None) -> datetime | None:
     return None if ms is None else clock.from_ms(ms)
 
 
-def _whole_ms(name: str, seconds: float) -> int:
-    ms = round(seconds * 1000)
-    if abs(seconds * 1000 - ms) > 1e-6 * max(ms, 1):
-        raise ArgumentError(f'{name} must be a whole number of milliseconds, not {seconds:g} s')
-    return ms
+def _ms(seconds: float) -> int:
+    """Seconds, which have been checked, in milliseconds."""
+    return round(seconds * 1000)
 
 
 class CountWindow(PlannedWindow):
@@ -227,7 +225,7 @@ class CountWindow(PlannedWindow):
         self._next_producer = ''
 
     def rule(self) -> Rule:
-        return Waits(_whole_ms('max_wait', self.max_wait or 0), int(self.size or 1))
+        return Waits(_ms(self.max_wait or 0), int(self.size or 1))
 
     def cut(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
         waiting = log.waiting()
@@ -286,10 +284,10 @@ class RelaxedTimeWindow(PlannedWindow):
             raise ArgumentError('timestamp makes fixed windows, not relaxed ones; use FixedTimeWindow')
 
     def rule(self) -> Rule:
-        return Waits(self._ms())
+        return Waits(self._interval_ms)
 
     def cut(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
-        step = self._step()
+        step = self._interval_ms * clock.MILLISECOND
         waiting = log.waiting()
         if log.frontier is None:
             log.frontier = edges.first_time(log, waiting, now)
@@ -300,14 +298,12 @@ class RelaxedTimeWindow(PlannedWindow):
         self._due = now + step
         return [WindowPlan(waiting, start, now, frontier=now)] if waiting or self.emit_empty else []
 
-    def _step(self) -> timedelta:
+    @cached_property
+    def _interval_ms(self) -> int:
         seconds = self.interval or self.stream.interval
         if not seconds:
             raise ArgumentError(f'interval= is missing, the seconds between the windows of {self.stream_name!r}')
-        return timedelta(seconds=seconds)
-
-    def _ms(self) -> int:
-        return _whole_ms('interval', self._step().total_seconds())
+        return _ms(seconds) or 1
 
 
 class FixedTimeWindow(RelaxedTimeWindow):
@@ -323,25 +319,30 @@ class FixedTimeWindow(RelaxedTimeWindow):
     emits_empty = True
 
     def rule(self) -> Rule:
-        return Grid(self._ms(), self._ms())
+        return Grid(self._interval_ms, self._interval_ms)
 
     def cut(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
-        step = self._step()
         waiting = log.waiting()
         if log.frontier is None:
-            log.frontier = clock.window_start(edges.first_time(log, waiting, now), step.total_seconds())
+            log.frontier = clock.window_start(edges.first_time(log, waiting, now), self._interval_ms)
         plans: list[WindowPlan] = []
-        while log.frontier + step <= now and len(plans) < limit:
-            start, end = log.frontier, log.frontier + step
+        while len(plans) < limit and (end := self._end_after(log.frontier)) <= now:
+            start = log.frontier
             spans = [edges.cut(log, span, end, now) for span in waiting]
             rest = [span._replace(start=cut.end) for span, cut in zip(waiting, spans, strict=True)]
             waiting, spans = ([span for span in each if span.start < span.end] for each in (rest, spans))
             if spans or self.emit_empty:
                 plans.append(WindowPlan(spans, start, end, frontier=end))
-            log.frontier = end
+                log.frontier = end
+            else:  # between messages of long ago there may be millions of intervals
+                log.frontier = max(end, clock.window_start(edges.next_time(log, waiting, now), self._interval_ms))
         log.memory = {span.producer: log.memory[span.producer] for span in waiting if span.producer in log.memory}
-        self._due = log.frontier + step
+        self._due = self._end_after(log.frontier)
         return plans
+
+    def _end_after(self, frontier: datetime) -> datetime:
+        """The next edge; a frontier between two was stored when the interval was another one."""
+        return clock.window_start(frontier, self._interval_ms) + self._interval_ms * clock.MILLISECOND
 
 
 class SlidingTimeWindow(RelaxedTimeWindow):
@@ -358,18 +359,18 @@ class SlidingTimeWindow(RelaxedTimeWindow):
             raise ArgumentError('SlidingTimeWindow needs interval=T, how long a window is, and slide=S, how often one '
                                 'begins')  # fmt: skip
         super().__init__(stream_name, interval=interval, slide=slide, **options)
-        self._slide_ms = _whole_ms('slide', slide)
-        if self._ms() % self._slide_ms:
+        self._slide_ms = _ms(slide)
+        if self._interval_ms % self._slide_ms:
             raise ArgumentError(f'interval must be a multiple of slide, and {interval:g} s is none of {slide:g} s')
-        if self._ms() > MAX_SLIDES * self._slide_ms:
+        if self._interval_ms > MAX_SLIDES * self._slide_ms:
             raise ArgumentError(f'interval must be at most {MAX_SLIDES} slides, for a message is in as many windows')
 
-        if self._most is not None and self._ms() > self._most * self._slide_ms:
+        if self._most is not None and self._interval_ms > self._most * self._slide_ms:
             raise ArgumentError(f'max_open_windows={self._most} is too few for one message: it is in interval / slide '
-                                f'= {self._ms() // self._slide_ms} windows')  # fmt: skip
+                                f'= {self._interval_ms // self._slide_ms} windows')  # fmt: skip
 
     def rule(self) -> Rule:
-        return Grid(self._ms(), self._slide_ms)
+        return Grid(self._interval_ms, self._slide_ms)
 
 
 class SessionWindow(PlannedWindow):
@@ -392,4 +393,4 @@ class SessionWindow(PlannedWindow):
         return f'SessionWindow({self._described})'
 
     def rule(self) -> Rule:
-        return Sessions(_whole_ms('gap', self.gap))
+        return Sessions(_ms(self.gap))

@@ -136,6 +136,12 @@ def test_the_options_choose_the_window(options, expected):
         ({'interval': 2, 'key': 'k', 'overflow': 'x'}, 'overflow must be'),
         ({'interval': 2, 'key': ''}, 'key must be the name of a field'),
         ({'interval': 2.0001, 'key': 'k'}, 'interval must be a whole number of milliseconds'),
+        ({'interval': 1 / 3}, r'interval must be .* milliseconds, not 0\.333.* the nearest is interval=0\.333'),
+        ({'interval': 1 / 3, 'relaxed': False}, 'interval must be a whole number of milliseconds'),
+        ({'interval': 1, 'slide': 1 / 3}, 'slide must be a whole number of milliseconds'),
+        ({'gap': 86400.0001}, 'gap must be a whole number of milliseconds'),
+        ({'size': 2, 'max_wait': 0.0015}, 'max_wait must be a whole number of milliseconds'),
+        ({'interval': 1, 'timestamp': 't', 'lateness': 0.0004}, 'lateness must be .* the nearest is lateness=0.001'),
     ],
 )
 def test_options_that_do_not_combine_are_refused_by_their_names(options, named):

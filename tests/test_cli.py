@@ -79,7 +79,8 @@ def test_help_loads_neither_the_demo_nor_rich():
 
 @pytest.mark.parametrize('words', [
     'nonsense', 'demo --workers 0', 'demo --window x', 'demo more', 'server x', 'groups reset s g',
-    'groups reset s g --to tomorrow', 'dead replay', 'dead replay x --all s', 'dead discard x --group g',
+    'groups reset s g --to tomorrow', 'groups reset s g --to 1712121300123',
+    'dead replay', 'dead replay x --all s', 'dead discard x --group g',
     'dead list --group g', 'reset s g', 'append', 'append s no-such-file', 'append s --from 0', 'tail',
     'tail s --last -1', 'lag s --every 0', 'run', 'run m --workers 0', 'completion tcsh', 'app --port 70000',
     'groups --json list', 'groups --url mongodb://x/y list',

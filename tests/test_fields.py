@@ -19,6 +19,37 @@ def test_a_time_is_a_datetime_a_number_or_a_string(value):
     assert time_of(value) == AT
 
 
+@pytest.mark.parametrize(('seconds', 'ms'), [
+    (1.001, 1001), (0.001, 1), (56.99999999999999, 57_000), (-1.001, -1001), (250_000_000_000.001, 250_000_000_000_001),
+    (1_769_860_800.123, AT + 123), (1.0019, 1001),
+])  # fmt: skip
+def test_seconds_are_the_milliseconds_that_they_mean(seconds, ms):
+    assert time_of(seconds) == ms
+
+
+def test_digits_are_a_date_when_they_are_eight():
+    assert time_of('20260131') == AT - 43_200_000
+
+
+@pytest.mark.parametrize(('value', 'why'), [
+    ('1712121300123', 'a number in a string; it looks like milliseconds, and seconds are expected; give seconds'),
+    ('1712121300123Z', 'is no time'),
+    ('1712121300', 'a number in a string; give seconds since 1970, as a number'),
+    ('1712121300.123', 'a number in a string; give seconds'),
+    ('-1712121300123', 'it looks like milliseconds'),
+    ('1712121300123456', 'it looks like microseconds'),
+    ('20261128120000', 'is no time'),
+    ('202611281200001', 'is no time'),
+    ('99999999', 'a number in a string'),
+    (1712121300123, 'it looks like milliseconds, and seconds are expected'),
+    (1712121300123.0, 'it looks like milliseconds, and seconds are expected'),
+    (1712121300123456789, 'it looks like nanoseconds, and seconds are expected'),
+])  # fmt: skip
+def test_numbers_that_are_no_seconds_are_refused_and_it_is_said_what_they_look_like(value, why):
+    with pytest.raises(BadMessage, match=f'timestamp: .*{why}'):
+        Fields(timestamp='at').time({'at': value})
+
+
 def test_a_time_is_kept_in_whole_milliseconds():
     assert time_of(datetime(2026, 1, 31, 12, 0, 0, 1999)) == AT + 1
     assert time_of(-0.0001) == -1

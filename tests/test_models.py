@@ -138,6 +138,13 @@ def test_a_window_stored_with_its_data_can_be_read_and_queried(stream):
     assert mb.Window.objects(stream='s').count() == 1
 
 
+def test_the_interval_of_a_stream_is_a_whole_number_of_milliseconds_also_where_it_was_stored_before(stream):
+    with pytest.raises(ArgumentError, match='interval must be a whole number of milliseconds'):
+        mb.stream('t', interval=1 / 3)
+    mb.stream('t', interval=2.5)._get_collection().update_one({'name': 't'}, {'$set': {'interval': 1 / 3}})
+    assert mb.make_emitter('t', len, stream=mb.stream('t'), executor='inline').interval == 0.333
+
+
 def test_a_stream_is_found_again_with_its_options(stream):
     mb.stream('t', interval=2.5)
     assert mb.stream('t').interval == 2.5

@@ -149,8 +149,8 @@ def test_a_message_without_a_time_comes_after_the_one_before():
     assert [(window.messages[0].created - EPOCH).total_seconds() for window in done.windows] == [100, 101, 300]
 
 
-def test_windows_shorter_than_a_millisecond_come_to_an_end():
-    assert sum(run(len, at(0, 1), interval=0.0015).results) == 2
+def test_windows_of_a_millisecond_come_to_an_end():
+    assert sum(run(len, at(0, 1), interval=0.001).results) == 2
 
 
 def test_windows_that_are_due_together_are_emitted_at_the_same_time_however_many():

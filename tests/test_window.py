@@ -113,6 +113,42 @@ def test_no_fixed_window_is_skipped_and_empty_ones_are_emitted():
     assert log.take(FixedTimeWindow('s', interval=5), 20) == [[('a', 0, 1)], [], [], [('a', 1, 2)]]
 
 
+def test_fixed_windows_of_a_millisecond_touch_and_have_their_messages():
+    log = FakeLog(a=[1.001, 1.003])
+    plans = FixedTimeWindow('s', interval=0.001).plan(log, at(1.0045), 10)
+    assert [(plan.start, plan.end, plan.n) for plan in plans] == [
+        (at(1.001), at(1.002), 1), (at(1.002), at(1.003), 0), (at(1.003), at(1.004), 1),
+    ]  # fmt: skip
+
+
+def test_windows_end_at_whole_milliseconds_as_they_are_stored():
+    log, emitter = FakeLog(frontier=at(0)), RelaxedTimeWindow('s', interval=1, emit_empty=True)
+    assert [plan.end for plan in emitter.plan(log, at(1.0009), 1)] == [at(1)]
+    assert emitter.next_due() == at(2)
+
+
+def test_fixed_windows_come_back_to_their_grid_from_the_frontier_of_another_interval():
+    log = FakeLog(frontier=at(3.2), a=[3.3, 10])
+    plans = FixedTimeWindow('s', interval=5).plan(log, at(12), 10)
+    assert [(plan.start, plan.end, plan.n) for plan in plans] == [(at(3.2), at(5), 1), (at(5), at(10), 0)]
+
+
+def test_empty_intervals_that_are_not_emitted_are_jumped_over_however_many():
+    log, emitter = FakeLog(a=[0, 1e9]), FixedTimeWindow('s', interval=0.001, emit_empty=False)
+    assert log.take(emitter, 1e9) == [[('a', 0, 1)]]
+    assert emitter.next_due() == at(1e9 + 0.001)
+    log.producers['b'] = [1e9]
+    assert log.take(emitter, 2e9) == [[('a', 1, 2), ('b', 0, 1)]]
+    assert log.frontier == at(2e9)
+
+
+def test_what_comes_behind_a_jump_is_in_the_window_of_its_time():
+    log, emitter = FakeLog(a=[0, 42]), FixedTimeWindow('s', interval=5, emit_empty=False)
+    assert log.take(emitter, 44) == [[('a', 0, 1)]]
+    log.producers['b'] = [43, 46]
+    assert log.take(emitter, 50) == [[('a', 1, 2), ('b', 0, 1)], [('b', 1, 2)]]
+
+
 def test_a_fixed_window_is_due_when_its_end_has_come_and_not_before():
     log, emitter = FakeLog(frontier=at(0), a=[1]), FixedTimeWindow('s', interval=5)
     assert log.take(emitter, 4.999) == []

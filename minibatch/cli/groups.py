@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from datetime import datetime
 
 import click
@@ -26,9 +25,11 @@ def _place(ctx: click.Context, param: click.Parameter, value: str) -> str | date
     """Where to go on in a log."""
     if value in ('earliest', 'latest'):
         return value
+    from ..fields import BadMessage, iso_time
+
     try:
-        return datetime.fromisoformat(re.sub('[zZ]$', '+00:00', value))
-    except ValueError:
+        return iso_time(value)
+    except BadMessage:
         raise click.BadParameter(
             f'must be earliest, latest, or a time as in 2026-01-31T12:00:00, not {value!r}'
         ) from None
