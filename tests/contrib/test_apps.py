@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import posixpath
 import re
 import socket
 import sys
@@ -11,12 +12,15 @@ import types
 import uuid
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
+from urllib.parse import quote, urlencode
 
 import pytest
 from bson import ObjectId
 from flask import Flask, abort
 from servers import Mongod, eventually
-from webs import AUTH, TOKEN, get
+from webs import AUTH, CHANGED, KEPT, TOKEN, get
+from werkzeug.serving import make_server
+from werkzeug.test import Client
 
 import minibatch as mb
 from minibatch import attached, producer
@@ -195,13 +199,6 @@ def test_messages_that_are_posted_are_stored_when_that_is_answered(client, url, 
     assert stored(url) == [{'i': i} for i in range(expected)]
 
 
-def test_a_name_may_have_slashes_and_anything(client, url):
-    for name in ('plant/3//left', 'tail', 'a/tail', 'ümläut & <b>', 'x?y'):
-        path = ''.join(f'%{byte:02X}' for byte in name.encode())
-        assert client.post(f'/streams/{path}', json={'i': 0}, headers=AUTH).status_code == 201, name
-        assert stored(url, name) == [{'i': 0}]
-
-
 @pytest.mark.parametrize(('body', 'headers', 'status', 'reason'), [
     (b'{"i": 0', JSON, 400, "the body is no JSON: Expecting ',' delimiter at column 8"),
     (b'{"i":\n 0', JSON, 400, "the body is no JSON: Expecting ',' delimiter at line 2 column 3"),
@@ -290,6 +287,111 @@ def test_the_streams_kept_open_are_bounded(client, monkeypatch):
     monkeypatch.setattr(views, 'MAX_STREAMS', 2)
     for i in (0, 1, 2, 0):
         assert client.post(f'/streams/s{i}', json={'i': 0}, headers=AUTH).status_code == 201
+
+
+# --- names
+
+
+@contextmanager
+def served_by(server, app):
+    """An app behind a real server; its host and port."""
+    if server == 'waitress':
+        yield app.start(port=0).removeprefix('http://')
+        return
+    flask_dev_server = make_server('127.0.0.1', 0, app, threaded=True)
+    thread = threading.Thread(target=flask_dev_server.serve_forever)
+    thread.start()
+    try:
+        yield f'127.0.0.1:{flask_dev_server.server_port}'
+    finally:
+        flask_dev_server.shutdown()
+        thread.join()
+        flask_dev_server.server_close()
+
+
+def request(host, method, path):
+    """What is answered, and nothing followed: status, and JSON or the first event."""
+    with closing(http.client.HTTPConnection(host, timeout=20)) as connection:
+        connection.request(method, path, '{"i": 0}' if method == 'POST' else None, JSON)
+        with connection.getresponse() as answer:
+            if answer.getheader('Content-Type') == 'text/event-stream':
+                return answer.status, next(events(answer))
+            return answer.status, json.load(answer)
+
+
+@pytest.mark.parametrize('server', ['waitress', 'flask'])
+def test_each_name_in_a_query_is_that_name_and_in_a_path_it_is_that_or_refused(make, url, server):
+    with served_by(server, make(listeners=100)) as host:
+        for name in [*CHANGED, *KEPT]:
+            assert request(host, 'POST', f'/append?{urlencode({"stream": name})}') == (201, {'appended': 1})
+            assert request(host, 'GET', f'/tail?{urlencode({"stream": name})}')[1]['data'] == {'i': 0}
+            path = '/streams/' + quote(name, safe='')
+            status, said = request(host, 'POST', path)
+            assert status == (400 if name in CHANGED else 201), (name, said)
+            assert request(host, 'GET', f'{path}/tail')[0] == (400 if name in CHANGED else 200), name
+            if name in CHANGED:
+                assert f'use /append?{urlencode({"stream": name})}' in said['error']
+    appended = {stream.name: stream.appended for stream in mb.status(url)}
+    assert appended == {**dict.fromkeys(CHANGED, 1), **dict.fromkeys(KEPT, 2)}
+
+
+def test_a_dead_letter_is_discarded_by_its_own_name_alone(make, url):
+    names = ['odom', '/odom', 'x/../odom', 'x//odom', '../odom', 'odom\n', 'x?y', '%2Fodom']
+    for name in names:
+        mb.stream(name, url=url).append({'i': 0})
+        round_of(url, fail, name, size=1, max_attempts=1)
+    letters = {letter.stream: letter.id for name in names for letter in mb.stream(name, url=url).dead_letters()}
+    with served_by('waitress', make()) as host:
+        for name in set(names) & set(CHANGED):
+            path = f'/dead/{quote(letters[name], safe="")}/discard'
+            status, said = request(host, 'POST', path)
+            assert (status, '/dead/discard?id=' in said['error']) == (400, True), name
+        for name in names[::-1]:
+            assert request(host, 'POST', f'/dead/discard?{urlencode({"id": letters.pop(name)})}')[0] == 200, name
+            left = [letter.stream for each in names for letter in mb.stream(each, url=url).dead_letters()]
+            assert sorted(left) == sorted(letters)
+
+
+def test_a_query_is_right_behind_a_proxy_that_tidies_paths_up(make, url):
+    app = make()
+
+    def proxy(environ, start_response):
+        path = environ['PATH_INFO']
+        return app({**environ, 'PATH_INFO': posixpath.normpath(path)}, start_response)
+
+    client = Client(proxy)
+    for name in CHANGED:
+        answer = client.post(f'/append?{urlencode({"stream": name})}', json={'i': 0}, headers=AUTH)
+        assert answer.status_code == 201
+    assert {stream.name for stream in mb.status(url)} == set(CHANGED)
+
+
+@pytest.mark.parametrize(('path', 'reason'), [
+    ('/streams/odom?left', "there is no parameter 'left'; a ? in a name is %3F"),
+    ('/append?stream=odom&left', "there is no parameter 'left'; it takes stream"),
+    ('/append?stream=odom&stream=camera', 'stream is given twice'), ('/append', '?stream= must name the stream'),
+    ('/append?stream=', 'the name of a stream must be'), ('/append?stream=a%00b', 'the name of a stream must'),
+    ('/append?stream=caf%E9', 'the query is not UTF-8'), ('/streams/caf%E9', 'the path is not UTF-8'),
+    ('/append?' + '&' * 30, 'more than 20 parameters'), ('/streams/', 'may change'), ('/streams//odom', 'may change'),
+    ('/dead/replay?id=odom/default/1&stream=odom', 'either ?id='), ('/dead//replay', 'may change'),
+    ('/dead/odom/default/1/replay?x', 'there is no parameter'), ('/append?stream=' + 'x' * 201, 'at most 200'),
+])
+def test_a_name_that_may_not_be_what_was_meant_is_refused(client, url, path, reason):
+    mb.stream('odom', url=url)
+    answer = client.post(path, json={'i': 0}, headers=AUTH)
+    assert (answer.status_code, reason in answer.json['error']) == (400, True), answer.json
+    assert [(stream.name, stream.appended) for stream in mb.status(url)] == [('odom', 0)]
+
+
+def test_a_name_of_a_producer_makes_no_event_of_its_own(make, url):
+    stream = mb.stream('test', url=url)
+    producer = stream.producer('x\n\ndata: {"forged": true}\r\rdata: {"forged": true}\n\n%')
+    producer.append({'i': 0}, token=1)
+    with listening(make().start(port=0), '/streams/test/tail') as response:
+        lines = [response.readline() for _ in range(5)]
+    assert lines[2] == b'id: source:x%0A%0Adata: {"forged": true}%0D%0Ddata: {"forged": true}%0A%0A%25/0\n'
+    assert json.loads(lines[3].removeprefix(b'data: '))['data'] == {'i': 0}
+    assert lines[4] == b'\n'
 
 
 # --- listening
@@ -461,6 +563,15 @@ def test_only_names_that_are_known_are_answered(make, host, status):
     for path in ('/', '/health', '/mine'):
         answer = app.server.test_client().get(path, headers={'Host': host})
         assert answer.status_code == status, path
+
+
+@pytest.mark.parametrize('server', ['waitress', 'flask'])
+def test_a_probe_of_http_1_0_that_names_no_host_is_answered(make, server):
+    with served_by(server, make()) as host, socket.create_connection(host.split(':'), timeout=20) as connection:
+        connection.sendall(b'GET /health HTTP/1.0\r\n\r\n')
+        answer = b''.join(iter(lambda: connection.recv(4096), b''))
+    assert re.match(rb'HTTP/1\.\d 200 OK\r\n', answer)
+    assert answer.endswith(b'{"status":"ok"}\n')
 
 
 def test_any_name_is_answered_if_that_is_asked_for(make):

@@ -1,5 +1,6 @@
 """The dashboard in a real browser: what it shows of streams in every state, what its buttons do, what it must not."""
 
+import json
 import os
 import re
 import shutil
@@ -266,6 +267,26 @@ def test_all_dead_letters_of_a_group_are_discarded(page, serve, letters):
     page.open(serve()).click('Unlock').find('#secret').send_keys(TOKEN, Keys.ENTER)
     page.click('3 dead letters').click('Discard all').click('Discard for good?').hides('dead letters')
     assert letters.dead_letters() == []
+
+
+def test_what_is_shown_and_discarded_is_that_of_the_name(page, serve, url):
+    names = ['odom', '/odom', 'x/../odom', '..', 'odom\n', 'constructor']
+    page.open(serve()).shows('No streams yet')
+    for name in names:
+        mb.stream(name, url=url).append({'bad': name})
+        process(url, fail, name, size=1, max_attempts=1, group=name.replace('/', '|'))
+        mb.stream(name, url=url).append({'from': name})
+    page.shows(f'{len(names)} dead letters').click('Unlock').find('#secret').send_keys(TOKEN, Keys.ENTER)
+    for i, name in enumerate(names):
+        stream = f'[aria-label={json.dumps("Stream " + name)[:-1].replace(chr(92) + "n", chr(92) + "a ")}"]'
+        page.click('Messages as they arrive', stream).shows(json.dumps({'from': name}, separators=(',', ':')))
+        page.click('1 dead letter', stream).click('Discard', stream).click('Discard for good?', stream)
+        left = names[i + 1 :]
+        eventually(lambda left=left: dead(url, names) == left, message=f'{dead(url, names)} is not {left}')
+
+
+def dead(url, names):
+    return [name for name in names if mb.stream(name, url=url).dead_letters()]
 
 
 def test_without_a_token_there_is_nothing_to_change(page, serve, letters):

@@ -13,6 +13,16 @@ from processes import is_alive, running
 
 TOKEN = 'correct-horse'
 AUTH = {'Authorization': f'Bearer {TOKEN}'}
+# What a path may not keep on its way to the app, and what it keeps.
+CHANGED = [
+    '/odom', 'odom/', '//odom', 'x//odom', 'x/../odom', '../odom', './odom', 'x/.', '..', '.', '/', '/tail', '\\odom',
+    'odom\n', 'o\rdom', 'o\tdom', '\x7fodom',
+]
+KEPT = [
+    'odom', 'plant/3/left', 'tail', 'a/tail', 'replay', 'ümläut & <b>', 'x?y', '?stream=odom', 'x#y', '50%', '%2Fodom',
+    'a+b', 'a;b=c', ' odom ', '...', '.odom', '\N{ZIPPER-MOUTH FACE}', 'cafe\N{COMBINING ACUTE ACCENT}', 'caf\xe9',
+    '\N{RIGHT-TO-LEFT OVERRIDE}mado', '$where', 'None', 'constructor', '__proto__', "'; DROP--", 'x' * 200,
+]
 
 PROGRAM = """
 import os, sys, time

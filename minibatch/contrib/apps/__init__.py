@@ -39,6 +39,7 @@ except ImportError:
 from minibatch.connection import Target, target
 from minibatch.errors import ArgumentError
 
+from .asked import NameConverter
 from .security import HOW_TO, Guard, Refused
 from .serving import Server
 from .supervisor import ConsumerProcess, is_consumer_process
@@ -59,8 +60,9 @@ class StreamingApp(Blueprint):
     """A web app with consumers behind it: a Flask blueprint, which makes a Flask app of its own when it needs one.
 
     It serves ``/``, a live dashboard; ``/status``, ``/health`` and ``/metrics`` for machines; ``POST /streams/NAME`` to
-    append; ``/streams/NAME/tail``; and ``/dead``, dead letters to be looked at, replayed and discarded. What changes
-    something asks for the token; without one the app is read-only.
+    append; ``/streams/NAME/tail``; and ``/dead``, dead letters to be looked at, replayed and discarded. ``/append`` and
+    ``/tail`` take any name, as ``?stream=NAME``. What changes something asks for the token; without one the app is
+    read-only.
 
     Args:
         name: what the dashboard calls it.
@@ -151,6 +153,7 @@ class StreamingApp(Blueprint):
         name = options.get('name', self.name)
         if name in app.blueprints:
             raise ArgumentError(f'the Flask app has a blueprint {name!r} already; give this one another name=')
+        app.url_map.converters['minibatch_name'] = NameConverter
         super().register(app, options)
         self._server = app
 

@@ -71,8 +71,10 @@ class Guard:
     def check_host(self) -> None:
         """Refuse a name that is not ours: a page of somebody else whose name was made to point here (DNS rebinding).
 
-        An address is never such a name.
+        An address is never such a name, and a browser always says one: probes of HTTP/1.0 may not.
         """
+        if 'Host' not in request.headers:
+            return
         host = re.sub(r':\d+$', '', request.host.lower()).strip('[]').rstrip('.')
         if '*' in self._hosts or host in self._hosts or host.endswith('.localhost') or _is_address(host):
             return

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from flask import Response, request
 from pymongo.errors import PyMongoError
@@ -17,6 +18,7 @@ import minibatch as mb
 from minibatch.errors import ArgumentError, DataError, ServerError
 
 from . import bodies, security
+from .asked import asked, number, path_name
 from .security import Refused
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ LETTERS = 20
 SHOWN_MESSAGES = 10
 MAX_LOADED = 10_000
 RETRY_SECONDS = 5
+SAFE = ''.join(map(chr, range(0x20, 0x7F))).replace('%', '')  # in the id of an event, which is a line
 
 
 def add_views(app: StreamingApp) -> None:
@@ -41,11 +44,13 @@ def add_views(app: StreamingApp) -> None:
         ('/status', views.status, 'GET'),
         ('/history', views.history, 'GET'),
         ('/metrics', views.metrics, 'GET'),
-        ('/streams/<path:name>', views.append, 'POST'),
-        ('/streams/<path:name>/tail', views.tail, 'GET'),
+        ('/append', views.append, 'POST'),
+        ('/streams/<minibatch_name:name>', views.append, 'POST'),
+        ('/tail', views.tail, 'GET'),
+        ('/streams/<minibatch_name:name>/tail', views.tail, 'GET'),
         ('/dead', views.dead, 'GET'),
-        ('/dead/<path:letter>/replay', views.replay, 'POST'),
-        ('/dead/<path:letter>/discard', views.discard, 'POST'),
+        ('/dead/<minibatch_name:letter>/replay', views.replay, 'POST'),
+        ('/dead/<minibatch_name:letter>/discard', views.discard, 'POST'),
         ('/dead/replay', views.replay, 'POST'),
         ('/dead/discard', views.discard, 'POST'),
     ):
@@ -113,10 +118,11 @@ class _Views:
         text = prometheus.metrics_text(look.streams, self._app.consumers)
         return Response(text, content_type=prometheus.CONTENT_TYPE)
 
-    def tail(self, name: str) -> Response:
+    def tail(self, name: str | None = None) -> Response:
         self._guard.check_reader()
-        last = _number('last', 10, 1000)
-        stream = _found(name, self._app.url)
+        given = asked('stream', 'last') if name is None else asked('last')
+        last = number(given, 'last', 10, 1000)
+        stream = _found(_stream_name(name, given, 'tail'), self._app.url)
         if not self._seats.acquire(blocking=False):
             raise Refused(503, f'{self._app.listeners} others listen already', Retry_After=str(RETRY_SECONDS))
         messages = stream.tail(last=last)
@@ -136,16 +142,17 @@ class _Views:
                     continue
                 place = {'created': message.created, 'producer': message.producer, 'offset': message.offset}
                 said = bodies.as_json({**place, 'data': message.data, 'meta': message.meta})
-                yield f'id: {message.producer}/{message.offset}\ndata: {said}\n\n'
+                yield f'id: {quote(message.producer, SAFE)}/{message.offset}\ndata: {said}\n\n'
         except (PyMongoError, ServerError) as exc:
             logger.warning('the tail of a stream has ended: %s', exc)
 
     def dead(self) -> Response:
         self._guard.check_reader()
-        name, group = request.args.get('stream'), request.args.get('group')
+        given = asked('stream', 'group', 'limit')
+        name, group = given.get('stream'), given.get('group')
         if group is not None and name is None:
             raise Refused(400, 'group goes with stream')
-        limit = _number('limit', LETTERS, MAX_LETTERS)
+        limit = number(given, 'limit', LETTERS, MAX_LETTERS)
         found: list[mb.DeadLetter] = []
         for stream in [name] if name is not None else [stream.name for stream in mb.status(self._app.url)]:
             found += _found(stream, self._app.url).dead_letters(group)
@@ -154,8 +161,9 @@ class _Views:
 
     # --- what writers may do
 
-    def append(self, name: str) -> Response:
+    def append(self, name: str | None = None) -> Response:
         self._guard.check_writer()
+        name = _stream_name(name, asked('stream') if name is None else asked(), 'append')
         if request.content_encoding:
             raise Refused(415, f'the body must not be encoded, as {request.content_encoding[:100]!r} says it is')
         if request.mimetype not in bodies.TYPES:
@@ -186,12 +194,16 @@ class _Views:
     def _change(self, action: str, id_: str | None) -> Response:
         """Replay or discard one dead letter, or, without its id, all of a group."""
         self._guard.check_writer()
-        if id_ is None:
-            name, group = request.args.get('stream'), request.args.get('group')
-            if name is None or group is None:
-                raise Refused(400, f'?stream= and &group= must say which dead letters, or /dead/ID/{action} which one')
-            letters = _found(name, self._app.url).dead_letters(group)
+        given = asked('id', 'stream', 'group') if id_ is None else asked()
+        if given.keys() == {'stream', 'group'}:
+            letters = _found(given['stream'], self._app.url).dead_letters(given['group'])
             return _answer({action: getattr(letters, action)()})
+        if id_ is not None:
+            id_ = path_name(id_, f'/dead/{action}', 'id')
+        elif given.keys() == {'id'}:
+            id_ = given['id']
+        else:
+            raise Refused(400, 'either ?id= must say which dead letter, or ?stream= and &group= which ones')
         name, group = [*id_.rsplit('/', 2)[:-1], '', ''][:2]
         found: Iterable[mb.DeadLetter] = ()
         with suppress(ArgumentError):  # there is no such stream or group, or this is no id
@@ -219,18 +231,19 @@ def _letter(letter: mb.DeadLetter) -> dict[str, Any]:
     return {**fields, 'traceback': trace, 'data': data, 'not_shown': why}
 
 
+def _stream_name(in_path: str | None, given: dict[str, str], endpoint: str) -> str:
+    if in_path is not None:
+        return path_name(in_path, f'/{endpoint}', 'stream')
+    if 'stream' not in given:
+        raise Refused(400, f'?stream= must name the stream, as in /{endpoint}?stream=readings')
+    return given['stream']
+
+
 def _found(name: str, url: str) -> mb.Stream:
     try:
         return mb.Stream.find(name, url)
     except ArgumentError as exc:
         raise Refused(404, str(exc)) from None
-
-
-def _number(name: str, default: int, most: int) -> int:
-    given = request.args.get(name, str(default))
-    if not (given.isascii() and given.isdigit() and len(given) < 10 and int(given) <= most):
-        raise Refused(400, f'{name} must be a whole number from 0 to {most}, not {given[:100]!r}')
-    return int(given)
 
 
 def _answer(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
