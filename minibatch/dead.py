@@ -20,6 +20,7 @@ from pymongo.client_session import ClientSession
 from . import ledger, store
 from .errors import LeaseLostError
 from .store import DB, Doc, Span, id_prefix
+from .unreadable import as_stored, read
 
 REPLAY_EPOCH = 0  # of a dead letter that waits to be replayed, and that nobody has taken on yet
 CHUNK = 1000
@@ -34,9 +35,10 @@ def keep(db: DB, stream: str, group: str, id_: str, spans: list[Span], now: date
         pieces = [(span.producer, *piece) for span, records in found for piece in store.trim(span, records)]
     copies = []
     for i, (producer, record, first, end) in enumerate(pieces):
-        cut: Doc = {key: record[key][first:end] for key in ('batch', 'times', 'meta') if key in record}
+        lists = [key for key in ('batch', 'times', 'meta') if key in record]
+        cut: Doc = {key: [as_stored(value) for value in record[key][first:end]] for key in lists}
         if 'data' in record:
-            cut['data'] = record['data']
+            cut['data'] = as_stored(record['data'])
         created = store.times_of(record)[first]
         place = {'producer': producer, 'offset': Int64(record['offset'] + first), 'n': end - first}
         copy = {'stream': stream, 'group': group, **place, 'created': created, 'kept': now, **cut}
@@ -86,22 +88,22 @@ def take_replays(db: DB, stream: str, group: str, epoch: int, limit: int = 100) 
     return docs
 
 
-def read(db: DB, id_: str, session: ClientSession | None = None) -> list[Doc]:
+def copies(db: DB, id_: str, session: ClientSession | None = None) -> list[Doc]:
     """The copies of the record batches of a dead letter, in its order."""
-    return list(db.dead.find(_copies(id_), session=session).sort('_id', 1))
+    return list(read(db.dead, _copies(id_), session=session, order='_id'))
 
 
 def records(
     db: DB, id_: str, spans: Iterable[Span], session: ClientSession | None = None
 ) -> list[tuple[Span, list[Doc]]]:
     """The spans of a dead letter, each with the copies of its record batches."""
-    copies = iter([*read(db, id_, session), None])
-    found, copy = [], next(copies)
+    kept = iter([*copies(db, id_, session), None])
+    found, copy = [], next(kept)
     for span in spans:  # the copies were made in this order
         here: list[Doc] = []
         while copy is not None and copy['producer'] == span.producer and span.start <= copy['offset'] < span.end:
             here.append(copy)
-            copy = next(copies)
+            copy = next(kept)
         found.append((span, here))
     return found
 

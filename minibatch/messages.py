@@ -10,6 +10,7 @@ from typing import Any
 from . import clock, store
 from .fields import stored_key
 from .store import Span
+from .unreadable import Unreadable
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class MessageWindow:
             return [message.data for message in self.messages]
         data: list[dict[str, Any]] = []
         for _, record, start, end in self._slices:
-            data += record['batch'][start:end] if 'batch' in record else [record['data']]
+            data += store.batch_of(record)[start:end]
         return data
 
     @property
@@ -85,6 +86,17 @@ class MessageWindow:
                 keys.append(latest[message.producer])
             messages = [messages[i] for i in sorted(range(len(messages)), key=keys.__getitem__)]
         return messages
+
+    @property
+    def unreadable(self) -> str:
+        """Why the first of its messages cannot be read that cannot, or ''."""
+        for producer, record, start, end in self._slices:
+            if 'unreadable' in record:
+                for message in _messages(producer, record, start, end):
+                    for value in (message.data, message.meta):
+                        if isinstance(value, Unreadable):
+                            return f'message {message.offset} of producer {producer} cannot be read: {value["error"]}'
+        return ''
 
     @property
     def newest(self) -> datetime | None:
@@ -117,6 +129,6 @@ def window_of(doc: dict[str, Any], stream: str, records: list[tuple[Span, list[d
 def _messages(producer: str, record: dict[str, Any], first: int, end: int) -> Iterator[Message]:
     times = store.times_of(record)
     meta = record.get('meta') or [None] * len(times)
-    batch = record['batch'] if 'batch' in record else [record['data']]
+    batch = store.batch_of(record)
     for i in range(first, end):
         yield Message(batch[i], clock.aware(times[i]), producer, int(record['offset']) + i, meta[i])

@@ -29,7 +29,7 @@ from .abc import SourceMessage
 from .backlog import Limits, Room, count_backlog
 from .connection import Target, is_passing, reason_of
 from .errors import ArgumentError, CancelledError, DataError, OvertakenError, ServerError
-from .producer import INSERT_BYTES, MAX_MESSAGE_BYTES, RENEWED, cuts, encode_both, new_id
+from .producer import INSERT_BYTES, MAX_MESSAGE_BYTES, RENEWED, cuts, encode_both, new_id, to_bson
 
 logger = logging.getLogger(__name__)
 
@@ -280,7 +280,8 @@ def _is_behind(token: Any, there: Any) -> bool:
 def _dead_letter(message: SourceMessage) -> _Encoded:
     """The message as the dead-letter stream has it, so that it can be stored whatever it is."""
     error = store.storable(message.error[:TEXT_KEPT])
-    data = message.data[:RAW_KEPT] if isinstance(message.data, (bytes, str)) else message.data
+    data = message.data.raw if isinstance(message.data, RawBSONDocument) else message.data
+    data = data[:RAW_KEPT] if isinstance(data, (bytes, str)) else data
     as_text = {'error': error, 'data': _text(data)}
     for letter, meta in (({'error': error, 'data': data}, message.meta), (as_text, message.meta)):
         with suppress(DataError):
@@ -299,7 +300,7 @@ def _encoded(data: Any, meta: Any, token: Any) -> _Encoded:
 
 def _token_size(token: Any) -> int:
     try:
-        return len(bson.encode({'token': token}))
+        return len(to_bson({'token': token}))
     except Exception as exc:
         raise ArgumentError(f'MongoDB cannot store the token {_text(token)[:200]}: {exc}') from None
 

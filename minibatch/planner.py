@@ -15,6 +15,8 @@ from contextlib import ExitStack
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from bson.errors import InvalidBSON
+
 from . import clock, dead, ledger, store
 from .connection import using
 from .delivery import Delivery
@@ -328,9 +330,10 @@ class Planner:
         """The messages of a window that a former leader has claimed."""
         db = self.target.majority
         replay = claim.replay and claim.number in self.progress.open
-        docs = dead.read(db, claim.id) if replay else store.read_documents(db, self.name, claim.spans)
+        docs = dead.copies(db, claim.id) if replay else store.read_documents(db, self.name, claim.spans)
         claim.picked = [Buffer._from_son(doc) for doc in docs]
-        claim.argument = self.emitter.prepare(claim.picked)
+        if not any('unreadable' in doc for doc in docs):
+            claim.argument = self.emitter.prepare(claim.picked)
 
     # --- plan and claim
 
@@ -427,11 +430,24 @@ class Planner:
         self._unbatch()
         try:
             plan = self.emitter.pick()
-        except Exception:
+        except Exception as exc:
+            if isinstance(exc, InvalidBSON) and (unreadable := self._unreadable()):
+                return unreadable
             if not self._unbatch():  # else a record batch came in between, which the emitter cannot read
                 raise
             plan = self.emitter.pick()
         return [] if plan is None else [plan]
+
+    def _unreadable(self) -> list[WindowPlan]:
+        """Windows that are dead letters, of each message that keeps an emitter from reading those it picks from."""
+        docs = store.unreadable_messages(self.target.majority, self.name)
+        return [
+            WindowPlan(
+                [Span(doc['producer'], doc['offset'], doc['offset'] + 1)], bad='it cannot be read',
+                picked=[Buffer._from_son(doc)],
+            )
+            for doc in docs
+        ]  # fmt: skip
 
     def _unbatch(self) -> int:
         db, count = self.target.majority, self._adoption.run()

@@ -12,10 +12,10 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import re
 import secrets
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +24,7 @@ from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import bson
+from bson import Decimal128, Int64, ObjectId
 from bson.binary import UuidRepresentation
 from bson.codec_options import DatetimeConversion
 from bson.raw_bson import RawBSONDocument
@@ -45,7 +46,8 @@ MAX_DEPTH = 170
 CODEC: Any = bson.CodecOptions(
     uuid_representation=UuidRepresentation.STANDARD, datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )
-ODD_UUID = re.compile(rb'\x05[^\0]*\0(?!\x10\0\0\0).{4}\x04', re.DOTALL)  # of any but 16 bytes
+# What is of these types is read back for certain; what is bytes already, such as a RawBSONDocument, may not be.
+SAFE = {str, int, float, bool, type(None), bytes, datetime, uuid.UUID, ObjectId, Int64, Decimal128}
 RETRY_PAUSES = (0.1, 1.0)
 ROOM_PAUSES = (0.05, 0.5)
 THREAD_IDLE = 1.0
@@ -430,9 +432,7 @@ def encode(data: Any) -> bytes:
     if type(data) is not dict and not isinstance(data, Mapping):
         raise DataError(f'data must be a mapping such as a dict, not {type(data).__name__}')
     try:
-        raw = bson.encode(data, codec_options=CODEC)
-        if b'\0\4' in raw or type(data) is not dict:
-            _read_back(data, raw)
+        raw = to_bson(data)
     except Exception as exc:
         path, reason = _culprit(data, exc)
         raise DataError(f'MongoDB cannot store data{path}: {reason}') from None
@@ -476,7 +476,7 @@ def encode_meta(meta: Any) -> RawBSONDocument | None:
     if meta is None:
         return None
     try:
-        return RawBSONDocument(_bson({'meta': meta}))
+        return RawBSONDocument(to_bson({'meta': meta}))
     except Exception as exc:
         path, reason = _culprit(meta, exc)
         raise DataError(f'MongoDB cannot store meta{path}: {reason}') from None
@@ -519,16 +519,24 @@ def cuts(
         yield start, end, size
 
 
-def _read_back(value: Any, raw: bytes) -> None:
-    """Raise if it could be stored, but not read any more: that would hold up all who read the stream."""
-    if isinstance(value, RawBSONDocument) or ODD_UUID.search(raw):
-        bson.decode(raw, CODEC)
-
-
-def _bson(value: Any) -> bytes:
+def to_bson(value: Any) -> bytes:
+    """A document as bytes; raises if it could be stored, but not read any more."""
     raw = bson.encode(value, codec_options=CODEC)
-    _read_back(value, raw)
+    if type(value) is not dict or not _is_safe(value.values()):
+        bson.decode(raw, CODEC)
     return raw
+
+
+def _is_safe(values: Iterable[Any]) -> bool:
+    """Whether all these values, at any depth, are of types that are read back for certain."""
+    if SAFE.issuperset(map(type, values)):
+        return True
+    for value in values:
+        kind = type(value)
+        inner = value.values() if kind is dict else value if kind is list or kind is tuple else None
+        if not (kind in SAFE if inner is None else _is_safe(inner)):
+            return False
+    return True
 
 
 def _culprit(value: Any, exc: Exception, path: str = '') -> tuple[str, str]:
@@ -546,7 +554,7 @@ def _culprit(value: Any, exc: Exception, path: str = '') -> tuple[str, str]:
         children = enumerate(value)
     for key, child in children:
         try:
-            _bson({'value': child})
+            to_bson({'value': child})
         except RecursionError:
             return f'{path}[{key!r}]', 'it is nested too deeply, or contains itself'
         except Exception as inner:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import bson
 from bson import Int64, ObjectId
-from bson.raw_bson import RawBSONDocument
+from bson.raw_bson import DEFAULT_RAW_BSON_OPTIONS, RawBSONDocument
 from pymongo import ReturnDocument, UpdateOne, WriteConcern
 from pymongo.client_session import ClientSession
 from pymongo.collection import Collection
@@ -37,6 +37,7 @@ from pymongo.database import Database
 from pymongo.errors import BulkWriteError, DuplicateKeyError
 
 from .connection import is_passing, masked_text
+from .unreadable import as_stored, decode, read
 
 FORMAT = 1
 MAX_BATCH = 10_000
@@ -225,11 +226,13 @@ def is_stored(buffer: Collection[Any], record: Any) -> bool:
 def adopt_without_offset(db: DB, stream: str, producer: str, next_offset: int, limit: int = 1000) -> int:
     """Give messages that were stored without an offset a place in the log. Returns how many were found."""
     ids = [doc['_id'] for doc in _without_offset(db, stream, limit)]
+    is_time = {'$eq': [{'$type': '$created'}, 'date']}
+    created = {'created': {'$cond': [is_time, '$created', '$$NOW']}}  # what another program has stored may have none
     if ids:
         db.buffer.bulk_write([
             UpdateOne(
                 {'_id': id_, 'offset': None},
-                {'$set': {'producer': producer, 'offset': Int64(next_offset + i), 'n': 1}},
+                [{'$set': {'producer': producer, 'offset': Int64(next_offset + i), 'n': 1, **created}}],
             )
             for i, id_ in enumerate(ids)
         ])
@@ -254,12 +257,13 @@ def unbatch(db: DB, span: Span, stream: str) -> int:
     after a crash half way, and it can be done again.
     """
     batches = 0
-    for doc in db.buffer.find({**_log_range(stream, span), 'n': {'$gt': 1}}):
+    for doc in read(db.buffer, {**_log_range(stream, span), 'n': {'$gt': 1}}):
         base = {key: doc[key] for key in ('stream', 'producer', 'processed')}
         singles = []
         for i, data in enumerate(doc['batch']):
-            single = {**base, 'offset': Int64(doc['offset'] + i), 'n': 1, 'created': times_of(doc)[i], 'data': data}
-            singles.append({**single, 'meta': [doc['meta'][i]]} if 'meta' in doc else single)
+            single = {**base, 'offset': Int64(doc['offset'] + i), 'n': 1, 'created': times_of(doc)[i]}
+            single['data'] = as_stored(data)
+            singles.append({**single, 'meta': [as_stored(doc['meta'][i])]} if 'meta' in doc else single)
         if 'token' in doc:
             singles[-1]['token'] = doc['token']
         rest = _log_range(stream, Span(doc['producer'], singles[0]['offset'] + 1, singles[-1]['offset'] + 1))
@@ -385,8 +389,7 @@ def read_records(db: DB, stream: str, span: Span, session: ClientSession | None 
     if span.start >= span.end:
         return []
     fields = {'_id': 0, 'stream': 0, 'producer': 0, 'processed': 0, 'token': 0}
-    in_span = db.buffer.find(_log_range(stream, span), fields, batch_size=5000, session=session)
-    found = list(in_span.sort('offset', 1))
+    found = list(read(db.buffer, _log_range(stream, span), fields, session))
     if not found or found[0]['offset'] != span.start:
         around = _record_around(db, stream, span.producer, span.start, fields, session)
         found = [around, *found] if around is not None else found
@@ -465,19 +468,32 @@ def read_messages(
         fields = {'_id': 0, **dict.fromkeys(('offset', 'n', 'created', 'times'), 1)}
         fields.update((f'{where}.{name}', 1) for where in ('data', 'batch') for name in inner)
     for record, first, end in _covering(db, stream, span, fields, session):
-        offset, times, batch = int(record['offset']), times_of(record), record.get('batch')
+        offset, times, batch = int(record['offset']), times_of(record), batch_of(record)
         for i in range(first, end):
-            yield offset + i, times[i], batch[i] if batch else record.get('data', {})
+            yield offset + i, times[i], batch[i]
 
 
 def read_documents(db: DB, stream: str, spans: Iterable[Span]) -> list[Doc]:
     """The whole documents of spans whose messages are stored one by one."""
-    return [doc for span in spans for doc in db.buffer.find(_log_range(stream, span)).sort('offset', 1)]
+    return [doc for span in spans for doc in read(db.buffer, _log_range(stream, span))]
+
+
+def unreadable_messages(db: DB, stream: str) -> list[Doc]:
+    """Messages that are stored one by one, not processed, and that cannot be read; all are looked at."""
+    waiting = {'stream': stream, 'offset': {'$gte': 0}, 'processed': {'$ne': True}}
+    found = db.buffer.with_options(DEFAULT_RAW_BSON_OPTIONS).find(waiting)
+    docs = (decode(raw, db.codec_options) for raw in found)
+    return [doc for doc in docs if 'unreadable' in doc and doc['n'] == 1]
 
 
 def times_of(record: Doc) -> list[datetime]:
     """The creation time of each message of a record batch."""
     return record.get('times') or [record['created']] * int(record.get('n', 1))
+
+
+def batch_of(record: Doc) -> list[Any]:
+    """The data of each message of a record batch; where none is stored, or was read, it is empty."""
+    return record.get('batch') or [record.get('data', {})] * int(record.get('n', 1))
 
 
 def trim(span: Span, records: Iterable[Doc]) -> Iterator[tuple[Doc, int, int]]:
@@ -496,7 +512,7 @@ def _covering(
 ) -> Iterator[tuple[Doc, int, int]]:
     """The record batches that hold the messages of a span, as `trim` gives them."""
     around = _record_around(db, stream, span.producer, span.start, fields, session)
-    found = db.buffer.find(_log_range(stream, span), fields, session=session).sort('offset', 1)
+    found = read(db.buffer, _log_range(stream, span), fields, session)
     return trim(span, chain([around] if around is not None else [], found))
 
 
@@ -519,7 +535,8 @@ def _record_around(
 ) -> Doc | None:
     # Bounded below: entries of deleted documents would make an open search slow.
     before = _log_range(stream, Span(producer, offset - MAX_BATCH, offset))
-    return db.buffer.find_one(before, fields, sort=[('offset', -1)], session=session)
+    last = read(db.buffer, before, fields, session, direction=-1, limit=1)
+    return next(last, None)
 
 
 # --- retention

@@ -25,6 +25,7 @@ from .marshaller import name_of
 from .models import Stream, check_choice, check_options, check_whole_ms
 from .progress import Log, WindowPlan
 from .store import Span
+from .unreadable import Unreadable
 
 __all__ = [
     'CountWindow', 'FixedTimeWindow', 'PlannedWindow', 'RelaxedTimeWindow', 'SessionWindow', 'SlidingTimeWindow',
@@ -182,6 +183,8 @@ class PlannedWindow(WindowEmitter):
             if created is not last:
                 last, ms = created, clock.to_ms(created)
             try:
+                if isinstance(data, Unreadable):
+                    raise BadMessage(f'it cannot be read: {data["error"]}')
                 time, key = self.fields.time(data), self.fields.key(data)
             except BadMessage as exc:
                 self._all_bad = None if self._all_bad is None else self._all_bad + 1

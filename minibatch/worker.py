@@ -72,6 +72,8 @@ class Work:
 class Outcome:
     """What became of one window: its result, or the error and who raised it, the function or the loading.
 
+    `by_function` says that it counts as an attempt: the function raised it, or the messages cannot be read.
+
     It was skipped if none of its messages is stored any more.
     """
 
@@ -171,11 +173,13 @@ class Task:
     def __call__(self) -> list[Outcome]:
         if self.remote:
             connection.choose(self.default)
+        found = None
         try:
             spans = [span for work in self.works if not work.replay for span in work.spans]
             found = Records(self.target.majority, self.stream, spans)
         except Exception as exc:
-            return [_failure(work, exc, by_function=False) for work in self.works]
+            if not _is_of_the_messages(exc):
+                return [_failure(work, exc, by_function=False) for work in self.works]
         outcomes = [self._do(work, found) for work in self.works]
         if self.remote:
             for outcome in outcomes:
@@ -184,13 +188,13 @@ class Task:
                 sys.stdout.flush()
         return outcomes
 
-    def _do(self, work: Work, found: Records) -> Outcome:
+    def _do(self, work: Work, found: Records | None) -> Outcome:
         started = time.perf_counter()
         try:
-            window = _window(self.target, self.stream, work, found)
+            window = load(self.target, self.stream, work, found)
         except Exception as exc:
             connection.heal(self.target.client, exc)
-            return _failure(work, exc, by_function=False)
+            return _failure(work, exc, by_function=_is_of_the_messages(exc))
         if window.missing and not len(window):
             if work.replay:
                 return _failure(work, DataError('the copies of its messages are gone'), by_function=True)
@@ -232,12 +236,15 @@ def shown(result: Any, argument: Any) -> Any:
     return result.data if isinstance(result, (MessageWindow, Window)) else result
 
 
-def load(target: Target, stream: str, work: Work) -> MessageWindow:
-    """The window of one work, with its messages."""
-    return _window(target, stream, work, Records(target.majority, stream, () if work.replay else work.spans))
+def load(target: Target, stream: str, work: Work, found: Records | None = None) -> MessageWindow:
+    """The window of one work, with its messages, those in `found` if they have been read.
 
+    Raises:
+        DataError: naming a message of it that cannot be read.
+    """
+    if found is None:
+        found = Records(target.majority, stream, () if work.replay else work.spans)
 
-def _window(target: Target, stream: str, work: Work, found: Records) -> MessageWindow:
     def view(records: list[tuple[Span, list[Any]]]) -> MessageWindow:
         return MessageWindow(
             work.id, stream, work.number, work.created, work.start, work.end, work.attempt, records, work.picked,
@@ -253,7 +260,14 @@ def _window(target: Target, stream: str, work: Work, found: Records) -> MessageW
                 window = view(dead.records(db, work.id, work.spans, session))
             else:
                 window = view(Records(db, stream, work.spans, session).of(work.spans))
+    if window.unreadable:
+        raise DataError(f'{window.unreadable}. `minibatch dead show` shows its bytes')
     return window
+
+
+def _is_of_the_messages(exc: Exception) -> bool:
+    """Whether it is the messages that keep a window from being loaded, and not MongoDB or the way to it."""
+    return isinstance(exc, DataError) or not isinstance(exc, (MinibatchError, PyMongoError, OSError))
 
 
 def _failure(work: Work, exc: BaseException, by_function: bool, missing: int = 0) -> Outcome:

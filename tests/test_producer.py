@@ -3,6 +3,7 @@
 import decimal
 import threading
 import uuid
+from collections import OrderedDict, UserDict
 from datetime import datetime
 
 import bson
@@ -18,6 +19,7 @@ from minibatch.producer import RECORD_BYTES, RECORD_MESSAGES, encode, encode_bot
 
 OUT_OF_DISK_SPACE = 14031
 UNAUTHORIZED = 13
+BROKEN = RawBSONDocument(bson.encode({'a': 'xx'}).replace(b'xx', b'\xff\xfe'))  # is stored, and cannot be read
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,11 @@ def test_data_must_be_a_mapping(data):
         ({'big': 'x' * (17 << 20), 'small': 1}, r"data\['big'\]"),
         ({'a': [1, {'u': bson.Binary(b'0', 4)}]}, r"data\['a'\]\[1\]\['u'\]: cannot decode a uuid from a 1-byte"),
         ({'a': bson.Binary(b'0' * 17, 4)}, r"data\['a'\]: cannot decode a uuid from a 17-byte"),
-        (RawBSONDocument(bson.encode({'a': 'xx'}).replace(b'xx', b'\xff\xfe')), "data: 'utf-8' codec can't decode"),
+        (BROKEN, "data: 'utf-8' codec can't decode"),
+        ({'a': BROKEN}, r"data\['a'\]: 'utf-8' codec can't decode"),
+        ({'a': [1, {'b': (BROKEN,)}]}, r"data\['a'\]\[1\]\['b'\]\[0\]: 'utf-8' codec can't decode"),
+        (UserDict({'a': UserDict({'b': [BROKEN]})}), r"data\['a'\]\['b'\]\[0\]: 'utf-8' codec can't decode"),
+        (OrderedDict({'a': OrderedDict({'b': BROKEN})}), r"data\['a'\]\['b'\]: 'utf-8' codec can't decode"),
     ],
 )
 def test_what_mongodb_cannot_store_is_refused_with_the_key(data, named):
@@ -64,9 +70,17 @@ def test_what_mongodb_cannot_store_is_refused_with_the_key(data, named):
         encode(data)
 
 
-def test_what_is_said_of_a_message_must_be_readable_too():
-    with pytest.raises(DataError, match=r"meta\['u'\]: cannot decode a uuid"):
-        encode_both({}, {'u': bson.Binary(b'0', 4)})
+@pytest.mark.parametrize(
+    ('meta', 'named'),
+    [
+        ({'u': bson.Binary(b'0', 4)}, r"meta\['u'\]: cannot decode a uuid"),
+        (BROKEN, "meta: 'utf-8' codec"),
+        ([{'a': BROKEN}], r"meta\[0\]\['a'\]: 'utf-8' codec"),
+    ],
+)
+def test_what_is_said_of_a_message_must_be_readable_too(meta, named):
+    with pytest.raises(DataError, match=named):
+        encode_both({}, meta)
 
 
 def test_data_that_contains_itself_is_refused():
