@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 from processes import FAULTS, HEADINGS, SEED, Row, table
 from pymongo.database import Database
-from servers import Mongod
+from servers import Mongod, in_memory
 
 from minibatch import connection, embedded
 from minibatch.cli import main
@@ -67,7 +67,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope='session', autouse=True)
 def isolation() -> Iterator[None]:
     """Tests never touch the user's server or data; an embedded server started by them is stopped."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix='minibatch-test-') as home:
+    folder = tempfile.TemporaryDirectory(prefix='minibatch-test-', dir=in_memory())
+    with pytest.MonkeyPatch.context() as patch, folder as home:
         for name in [name for name in os.environ if name == 'MONGO_URL' or name.startswith('MINIBATCH_')]:
             if name != 'MINIBATCH_MONGOD':
                 patch.delenv(name)

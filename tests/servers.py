@@ -38,6 +38,8 @@ from minibatch.errors import NoMongodError
 
 T = TypeVar('T')
 
+ENOUGH_MEMORY = 8 << 30  # bytes; four processes of tests have up to a dozen servers
+
 
 def missing(reason: str) -> NoReturn:
     """A server is not on this machine: skip the test on a laptop, fail it in CI."""
@@ -54,6 +56,13 @@ def eventually(condition: Callable[[], T], timeout: float = 60, message: str = '
             raise AssertionError(message or f'not true within {timeout} s: {condition}, last {value!r}')
         time.sleep(0.01)
     return value
+
+
+def in_memory() -> str | None:
+    """Where temporary data of servers may lie in memory, if there is plenty: no test ends the computer."""
+    memory = '/dev/shm'
+    plenty = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > ENOUGH_MEMORY
+    return memory if plenty else None
 
 
 def free_port() -> int:
@@ -106,7 +115,7 @@ class Mongod:
     def start(self) -> Mongod:
         """Start it, the first time or again, and wait until it takes writes."""
         assert self.process is None, 'already running'
-        self.home = self.home or Path(tempfile.mkdtemp(prefix='minibatch-test-'))
+        self.home = self.home or Path(tempfile.mkdtemp(prefix='minibatch-test-', dir=in_memory()))
         self.process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                         stderr=subprocess.STDOUT, start_new_session=True)
         try:
