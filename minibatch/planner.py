@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +50,15 @@ TASK_MESSAGES = 20_000
 CLAIM_WINDOWS = 1000
 MAX_OPEN = 5000
 STOP_TIMEOUT = 30.0
+FOLLOW_TIMEOUT = 5.0
+STOP_CHECK = 100_000  # messages whose times are read before it is asked again whether to stop
 WORKERS_TIMEOUT = 60.0
 WORKERS_PATIENCE = 5.0
 SOURCE_ERROR_KEPT = 1000
+
+
+class _Stopped(Exception):
+    """Told to stop while it was looking or planning: what it knows is incomplete, and nothing of it was claimed."""
 
 
 class Planner:
@@ -77,6 +83,7 @@ class Planner:
         self._heard, self._heard_since = 0, 0.0
         self._unbatched: dict[str, int] = {}
         self._ended_well = self._drains = False
+        self._may_stop = False  # in the middle of planning
         self._alone: Claim | None = None
         self._workers_missed: float | None = None
         self._source_error = ''  # as the group's document has it
@@ -132,9 +139,11 @@ class Planner:
 
     def run(self) -> None:
         """Process windows until told to stop, then finish what is in flight."""
-        while not self.consumer.should_stop():
-            if not self._turn():
-                self._rest()
+        self._may_stop = True
+        with suppress(_Stopped):
+            while not self.consumer.should_stop():
+                if not self._turn():
+                    self._rest()
         deadline = time.monotonic() + STOP_TIMEOUT
         while (self._in_flight or self.delivery.under_way) and time.monotonic() < deadline:
             self.consumer.wait(TICK)
@@ -142,7 +151,12 @@ class Planner:
         if self._in_flight:
             logger.warning('%s: %d tasks not finished in %g s; their windows stay open', self.consumer,
                            len(self._in_flight), STOP_TIMEOUT)  # fmt: skip
-        self._follow(wait=True)
+        self._follow(wait=FOLLOW_TIMEOUT)
+
+    def check_stop(self) -> None:
+        """Called in whatever takes long between two turns of the loop: raises if it is told to stop."""
+        if self._may_stop and self.consumer.should_stop():
+            raise _Stopped
 
     def run_once(self) -> int:
         """Process what is due now, each window once; returns how many were committed."""
@@ -162,7 +176,7 @@ class Planner:
             for number, claim in self.progress.open.items():
                 if claim.suspect and claim.failures == 1 and number not in self._dispatched:
                     tried.discard(number)  # its worker died; once more, alone
-        self._follow(wait=True)
+        self._follow(wait=None)
         return self.delivery.committed
 
     def _wait_for_workers(self) -> None:
@@ -347,6 +361,7 @@ class Planner:
         self.log.ends, self.log.looked = ends, now
         for producer, end in ends.items():
             if producer not in self._begun:
+                self.check_stop()
                 self._begun.add(producer)
                 planned = self.progress.planned.get(producer, 0)
                 first = store.first_kept(db, self.name, producer, planned) if planned < end else None
@@ -452,7 +467,9 @@ class Planner:
     def _unbatch(self) -> int:
         db, count = self.target.majority, self._adoption.run()
         for producer, end in store.log_ends(db, self.name).items():
-            count += store.unbatch(db, Span(producer, self._unbatched.get(producer, 0), end), self.name)
+            count += store.unbatch(
+                db, Span(producer, self._unbatched.get(producer, 0), end), self.name, self.check_stop
+            )
             self._unbatched[producer] = end
         return count
 
@@ -587,12 +604,12 @@ class Planner:
 
     # --- retain
 
-    def _follow(self, wait: bool = False) -> None:
-        """Let positions and deletions follow the commits, in the background."""
+    def _follow(self, wait: float | None = 0.0) -> None:
+        """Let positions and deletions follow the commits, in the background; see `Follower.follow`."""
         if self.emitter.picks:
             self.follower.follow({}, self.progress.number, self.progress.marks, wait)
             return
-        if wait or self.follower.is_due():
+        if wait != 0 or self.follower.is_due():
             moved = self.progress.moved()
             self.progress.written(moved)
             self.follower.follow(moved, self.progress.number, self.progress.marks, wait)
@@ -617,9 +634,16 @@ class LogView(Log):
         self._planner = planner
 
     def times(self, span: Span) -> Iterator[tuple[int, int, list[datetime]]]:
-        return store.read_times(self._planner.target.majority, self._planner.name, span)
+        read = STOP_CHECK
+        for record in store.read_times(self._planner.target.majority, self._planner.name, span):
+            if read >= STOP_CHECK:
+                self._planner.check_stop()
+                read = 0
+            read += record[1]
+            yield record
 
     def messages(self, span: Span, names: list[str] | None) -> Iterator[tuple[int, datetime, Any]]:
+        self._planner.check_stop()
         db, name, at = self._planner.target.majority, self._planner.name, span.start
         for message in store.read_messages(db, name, span, names):
             if message[0] > at:

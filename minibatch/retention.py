@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
@@ -22,6 +23,8 @@ from .store import Span
 logger = logging.getLogger(__name__)
 
 PAUSE = 0.25
+CLOSE_TIMEOUT = 1.0
+STRETCH = 50_000  # messages that are deleted at a time; more than a record batch has
 READ_MARK_PAUSE = 1.0
 PRUNE_PAUSE = 600.0
 TRIM_PAUSE = 60.0
@@ -48,6 +51,7 @@ class Follower:
         self._cleaned: dict[str, int] = {}
         self._newly_cleaned: dict[str, int] = {}
         self._busy = self._closed = False
+        self._deadline = float('inf')  # of deletion
         self._error: Exception | None = None
         self._last = self._read_marked = 0.0
         self._pruned = self._trimmed = self._looked_for_expired = -PRUNE_PAUSE
@@ -67,10 +71,11 @@ class Follower:
         """Whether enough time has passed since the last `follow`."""
         return time.monotonic() - self._last >= PAUSE
 
-    def follow(self, moved: dict[str, int], number: int, marks: dict[str, datetime], wait: bool) -> None:
+    def follow(self, moved: dict[str, int], number: int, marks: dict[str, datetime], wait: float | None) -> None:
         """Follow to these positions, and to this window number with its marks in time.
 
-        With `wait` return when all is written and deleted.
+        With `wait` return when all is written and deleted. Deletion ends after so many seconds, and the next consumer
+        goes on with it; with None it takes as long as it takes.
 
         Raises:
             LeaseLostError: if another consumer has taken over.
@@ -82,13 +87,14 @@ class Follower:
             self._last = time.monotonic()
             self._moved.update(moved)
             self._number, self._marks = number, marks
+            self._deadline = time.monotonic() + wait if wait else float('inf')
             if self._thread is None:
                 name = f'minibatch-follower-{self._stream}'
                 self._thread = threading.Thread(target=self._run, name=name, daemon=True)
                 self._thread.start()
             self._changed.notify_all()
-            if wait:
-                self._changed.wait_for(lambda: self._error or not (self._pending or self._busy))
+            if wait != 0:
+                self._changed.wait_for(lambda: self._error or not (self._pending or self._busy), wait and 2 * wait)
                 if self._error is not None:
                     raise self._error
 
@@ -98,7 +104,7 @@ class Follower:
             self._closed = True
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(CLOSE_TIMEOUT)
 
     @property
     def _pending(self) -> bool:
@@ -159,16 +165,26 @@ class Follower:
         limits, keep = ledger.released(db, self._stream, self._group, self._positions, session)
         clean = store.mark_processed if keep else store.delete_records
         for producer, upto in limits.items():
-            cleaned = self._cleaned.get(producer, 0)
-            if upto > cleaned:
-                if not self._lease.valid:
-                    raise LeaseLostError
-                self._cleaned[producer] = clean(db, self._stream, Span(producer, cleaned, upto), session)
-                self._newly_cleaned[producer] = self._cleaned[producer]
+            self._clean(clean, Span(producer, self._cleaned.get(producer, 0), upto), session)
         if time.monotonic() - self._read_marked > READ_MARK_PAUSE:
             store.touch_stream(db, self._stream, self._now())
             self._note_cleaned()
             self._read_marked = time.monotonic()
+
+    def _clean(self, clean: Callable[..., int], span: Span, session: ClientSession) -> None:
+        """Delete, or mark, the messages of a span, a stretch at a time."""
+        db, (producer, at, end) = self._target.majority, span
+        while at < end and time.monotonic() < self._deadline:
+            if not self._lease.valid:
+                raise LeaseLostError
+            if end - at > STRETCH:  # there may be nothing for long
+                first = store.first_kept(db, self._stream, producer, at, session)
+                at = end - 1 if first is None else min(first, end - 1)
+            reached = clean(db, self._stream, Span(producer, at, min(at + STRETCH, end)), session)
+            self._cleaned[producer] = self._newly_cleaned[producer] = reached
+            if reached <= at:
+                break  # the rest is of a record batch that reaches beyond the end
+            at = reached
 
     def _note_cleaned(self) -> None:
         ledger.write_cleaned(self._target.majority, self._stream, self._group, self._newly_cleaned)

@@ -20,7 +20,7 @@ The functions take the database and know nothing of any connection. What consume
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from datetime import datetime
@@ -249,7 +249,7 @@ def _without_offset(db: DB, stream: str, limit: int) -> list[Doc]:
     return list(db.buffer.find(unread, {'_id': 1}).sort('_id', 1).limit(limit))
 
 
-def unbatch(db: DB, span: Span, stream: str) -> int:
+def unbatch(db: DB, span: Span, stream: str, before_each: Callable[[], None] = lambda: None) -> int:
     """Replace record batches by one document a message, in place. Returns how many record batches there were.
 
     First the messages after the first one are inserted at their offsets, from the last one down, then the record
@@ -258,6 +258,7 @@ def unbatch(db: DB, span: Span, stream: str) -> int:
     """
     batches = 0
     for doc in read(db.buffer, {**_log_range(stream, span), 'n': {'$gt': 1}}):
+        before_each()
         base = {key: doc[key] for key in ('stream', 'producer', 'processed')}
         singles = []
         for i, data in enumerate(doc['batch']):

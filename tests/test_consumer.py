@@ -5,11 +5,12 @@ import time
 from concurrent.futures import Future
 
 import pytest
+from processes import write_at
 from pymongo.errors import AutoReconnect
 from servers import eventually
 
 import minibatch as mb
-from minibatch import ledger
+from minibatch import clock, lease, ledger, retention, store
 from minibatch.errors import LeaseLostError
 from minibatch.models import Buffer
 from minibatch.window import WindowEmitter
@@ -125,3 +126,66 @@ def test_a_consumer_in_a_thread_that_ends_with_an_error_says_so(url, caplog):
     emitter._thread.join(20)
     assert 'window_ready must return' in str(emitter.error)
     assert 'has ended' in caplog.text
+
+
+# --- stopping in the middle of what takes long
+
+
+@pytest.mark.parametrize(('what', 'options'), [
+    ('first_kept', {'size': 100}),
+    ('read_times', {'interval': 0.001, 'relaxed': False, 'emit_empty': False}),
+    ('read_messages', {'interval': 0.001, 'key': 'source'}),
+])  # fmt: skip
+def test_a_consumer_that_is_told_to_stop_reads_no_more_of_the_log(url, db, monkeypatch, what, options):
+    calls, real = [], getattr(store, what)
+
+    def read(*args):
+        calls.append(args)
+        emitter._stop = True
+        return real(*args)
+
+    monkeypatch.setattr(store, what, read)
+    emitter = mb.make_emitter('s', len, stream=mb.stream('s', url=url), executor='inline', **options)
+    for source in range(3):
+        write_at(db, 's', [clock.now()] * 2, source)
+    emitter.run()
+    assert len(calls) == 1
+    assert db.window.count_documents({}) == 0
+
+
+def test_a_consumer_that_is_told_to_stop_takes_no_more_record_batches_apart(url, db):
+    class Half(All):
+        def should_stop(self):
+            return db.buffer.count_documents({'n': 1}) > 0
+
+        def window_ready(self):
+            raise AssertionError('it was told to stop')
+
+    stream = mb.stream('s', url=url)
+    for _ in range(3):
+        stream.append_many([{'a': 1}, {'a': 2}])
+    mb.make_emitter('s', len, stream=stream, emitter=Half, executor='inline').run()
+    assert db.buffer.count_documents({'n': 2}) == 2
+
+
+def test_what_is_not_deleted_when_a_consumer_must_stop_is_deleted_by_the_next_one(url, db, monkeypatch):
+    real = store.delete_records
+
+    def delete(*args):
+        if seconds:
+            follower._deadline = 0.0  # the seconds have passed
+        return real(*args)
+
+    monkeypatch.setattr(retention, 'STRETCH', 3)
+    monkeypatch.setattr(store, 'delete_records', delete)
+    target = mb.stream('s', url=url).target
+    write_at(db, 's', [clock.now()] * 10, first=5)
+    for seconds, left in [(60.0, 7), (None, 0)]:
+        held = lease.take(target, 's', 'g', 10, 'me', {'fingerprint': 'f'})
+        follower = retention.Follower(target, 's', 'g', held, keep=False)
+        follower.resume({}, ledger.read_cleaned(target.majority, 's', 'g'))
+        follower.follow({'producer0': 15}, 0, {}, wait=seconds)
+        follower.close()
+        held.release(clean=True)
+        assert ledger.read_positions(target.majority, 's', 'g') == {'producer0': 15}
+        assert db.buffer.count_documents({}) == left

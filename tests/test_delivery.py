@@ -135,6 +135,14 @@ def test_fixed_windows_hold_the_messages_of_a_backlog_by_their_time(stream, db):
     assert [len(window['seen']) for window in seen[:18]] == [2] * 18
 
 
+def test_short_windows_behind_a_message_of_60_days_ago_come_at_once(stream, db):
+    now = datetime.now(timezone.utc)
+    write_at(db, 'test', [now - timedelta(days=60), now - timedelta(days=1)])
+    with consumer(stream.target.url, 'test', interval=0.1, relaxed=False, emit_empty=False, workers=1) as process:
+        eventually(lambda: db.seen.count_documents({}) == 2)
+        terminate(process)
+
+
 @pytest.mark.parametrize('hours', [-1, 1])
 @pytest.mark.parametrize('options', [{'interval': 0.5, 'relaxed': False}, {'interval': 0.5}])
 def test_messages_of_a_producer_whose_clock_is_wrong_come_now(stream, db, hours, options):
