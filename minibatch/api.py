@@ -42,8 +42,9 @@ def stream(name: str, fn: Callable[..., Any] | None = None, url: str | None = No
         url: a MongoDB URL, else what `connectdb` connected to, else MINIBATCH_MONGO_URL, else MONGO_URL, else the
             embedded MongoDB.
         options: interval, batchsize, linger; max_age, how long messages are kept, processed or not; max_backlog,
-            on_full, timeout: how many may wait, and what an append does then; see `Stream.get_or_create`. And the
-            options of `pymongo.MongoClient`, such as ``tlsCAFile``, by themselves or as a dict, ``cnx_kwargs``.
+            on_full, timeout: how many may wait, and what an append does then; see `Stream.get_or_create`. What is
+            stored with the stream stays as it is unless it is given; None unsets it. And the options of
+            `pymongo.MongoClient`, such as ``tlsCAFile``, by themselves or as a dict, ``cnx_kwargs``.
 
     Raises:
         ArgumentError: naming the argument.

@@ -17,6 +17,7 @@ import pymongo
 from pymongo.errors import PyMongoError
 
 from . import ledger, store
+from .settings import Settings
 from .store import DB, Span
 
 logger = logging.getLogger(__name__)
@@ -31,14 +32,22 @@ class Limits:
     """What an append keeps to.
 
     Args:
-        max_backlog: how many messages may wait to be processed, None for any number.
-        on_full: 'block' to wait for room, 'raise' not to.
         timeout: seconds to wait for room, and then again for MongoDB to confirm.
+        settings: what the stream says, which may change; without them any number may wait.
     """
 
-    max_backlog: int | None = None
-    on_full: str = 'block'
     timeout: float = TIMEOUT
+    settings: Settings | None = None
+
+    @property
+    def max_backlog(self) -> int | None:
+        """How many messages may wait to be processed, None for any number."""
+        return None if self.settings is None else self.settings.max_backlog
+
+    @property
+    def on_full(self) -> str:
+        """'block' to wait for room, 'raise' not to."""
+        return 'block' if self.settings is None else self.settings.on_full
 
 
 def count_backlog(db: DB, stream: str, enough: int) -> int:
@@ -91,29 +100,35 @@ class Room:
 
     def take(self, wanted: int, limits: Limits) -> int:
         """Take room for at most `wanted` messages; returns for how many there was."""
-        if limits.max_backlog is None:
+        most = limits.max_backlog
+        if most is None:
             return wanted
         with self._lock:
             age = time.monotonic() - self._counted
-            if age > MAX_AGE or (age > MIN_AGE and self._backlog + wanted > limits.max_backlog):
-                self._recount(limits.max_backlog, limits.timeout)
-            taken = max(min(wanted, limits.max_backlog - self._backlog), 0)
+            if age > MAX_AGE or (age > MIN_AGE and self._backlog + wanted > most):
+                self._recount(limits)
+                most = limits.max_backlog
+            taken = wanted if most is None else max(min(wanted, most - self._backlog), 0)
             self._backlog += taken
             return taken
 
-    def describe(self, stream: str, limits: Limits) -> str:
-        """Why there is no room, and what to do."""
-        waited = '' if limits.on_full == 'raise' else f', also after {limits.timeout:g} s'
+    def describe(self, stream: str, limits: Limits, waited: bool) -> str:
+        """Why there is no room, also after it was `waited` for, and what to do."""
+        also = f', also after {limits.timeout:g} s' if waited else ''
         return (
             f'{self._backlog:,} messages of stream {stream!r} wait to be processed, max_backlog={limits.max_backlog} '
-            f'allows no more{waited}. See that its consumers run and keep up, or open it with a larger max_backlog, '
+            f'allows no more{also}. See that its consumers run and keep up, or open it with a larger max_backlog, '
             f'which must be more than a window holds; then try again'
         )
 
-    def _recount(self, enough: int, timeout: float) -> None:
+    def _recount(self, limits: Limits) -> None:
+        """Count again, by the limit that holds now: another process may have set or unset it."""
         try:
-            with pymongo.timeout(timeout):
-                self._backlog = self._count(enough)
+            with pymongo.timeout(limits.timeout):
+                if limits.settings is not None:
+                    limits.settings.read()
+                if limits.max_backlog is not None:
+                    self._backlog = self._count(limits.max_backlog)
         except PyMongoError as exc:  # the append itself will find out what is wrong
             logger.warning('the backlog could not be counted, trying again: %s', exc)
         self._counted = time.monotonic()

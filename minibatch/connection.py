@@ -93,6 +93,12 @@ class Target:
         return _is_mock(self.url)
 
     @property
+    def is_connected(self) -> bool:
+        """Whether this process has a client for this URL already."""
+        with _lock:
+            return (self.url, self.options) in _clients
+
+    @property
     def client(self) -> MongoClient[dict[str, Any]]:
         """The client of this process for this URL."""
         key = (self.url, self.options)

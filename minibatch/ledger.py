@@ -391,6 +391,11 @@ def write_cleaned(db: DB, stream: str, group: str, cleaned: dict[str, int]) -> N
         db.position.bulk_write(updates, ordered=False)
 
 
+def forget_cleaned(db: DB, stream: str) -> None:
+    """What the groups of a stream have marked is not to be kept any more: they clean up from the start again."""
+    db.position.update_many({**id_prefix(f'{stream}/'), 'stream': stream}, {'$unset': {'cleaned': 1}})
+
+
 def prune_positions(db: DB, stream: str, group: str, alive: Iterable[str], now: datetime) -> None:
     """Forget the positions of producers that have no records, no name, and were idle for a day."""
     unnamed = {'$nin': list(alive), '$not': {'$regex': f'^{store.NAMED}'}}

@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from itertools import accumulate, chain
 from typing import Any, ClassVar
 
@@ -22,7 +20,7 @@ from mongoengine.fields import BooleanField, DateTimeField, FloatField, IntField
 from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 
-from . import clock, dead, groups, ledger, messages, store, tail
+from . import clock, dead, groups, ledger, messages, settings, store, tail
 from .abc import Source, WindowCommit
 from .attached import Attached
 from .backlog import TIMEOUT, Limits
@@ -42,6 +40,15 @@ OPEN_TIMEOUT = 30.0
 ASIDE_TIMEOUT = 1.0
 OPEN_PAUSE = 0.2
 MAX_TAIL = 100_000
+
+
+class _AsStored:
+    def __repr__(self) -> str:
+        return '<as stored>'
+
+
+AS_STORED: Any = _AsStored()
+"""An option of a stream that was not given, as None unsets it."""
 
 
 class _RawField(BaseField):
@@ -99,6 +106,7 @@ class Buffer(_Model):
     batch = _RawField()
     times = _RawField()
     meta_ = _RawField(db_field='meta')
+    stored = _RawField(default=store.SERVER_TIME)
 
     @queryset_manager
     def objects(doc_cls, queryset: QuerySet) -> QuerySet:
@@ -191,20 +199,22 @@ class Stream(_Model):
         cls,
         name: str,
         url: str | None = None,
-        interval: float | None = None,
+        interval: float | None = AS_STORED,
         batchsize: int | None = None,
-        max_age: float | None = None,
+        max_age: float | None = AS_STORED,
         linger: float | None = None,
-        max_backlog: int | None = None,
-        on_full: str | None = None,
+        max_backlog: int | None = AS_STORED,
+        on_full: str | None = AS_STORED,
         timeout: float | None = None,
-        group_expiry: float | None = None,
+        group_expiry: float | None = AS_STORED,
         cnx_kwargs: dict[str, Any] | None = None,
     ) -> Stream:
         """Open a stream, and create it if there is none of this name.
 
-        `interval`, `max_age`, `max_backlog`, `on_full` and `group_expiry` are stored with the stream, for all who open
-        it later. The others are of this handle: what an append promises is not changed by another program.
+        `interval`, `max_age`, `max_backlog`, `on_full` and `group_expiry` are stored with the stream, and hold for all
+        who have opened it, within a minute, or within a second where there is a `max_backlog`. What is not given stays
+        as it is stored, and None unsets it. The others are of this handle: what an append promises is not changed by
+        another program.
 
         Args:
             name: the name of the stream.
@@ -213,9 +223,9 @@ class Stream(_Model):
             batchsize: messages appended one by one are written as one record batch when there are so many.
                 `append` then only queues, and `flush` acknowledges them. One batch is written while the next one is
                 filled; the append that fills that one waits for it, and raises if it could not be written.
-            max_age: seconds for which messages are kept, processed or not; then they are deleted. Their age is that
-                of the time their producer gave them, by the clock of the server. Without it a message is deleted
-                when all consumer groups have processed it.
+            max_age: seconds for which messages are kept, processed or not; then they are deleted. Their age counts
+                from when they were stored, by the clock of the server, to the second. Processes that have the stream
+                open delete them. Without it a message is deleted when all consumer groups have processed it.
             linger: seconds after which a record batch that is not full is written all the same, 1 by default.
             max_backlog: how many messages may wait to be processed by the slowest consumer group, or be stored if
                 there is no group yet. It must be more than a window holds. The limit is a soft one: what other
@@ -233,15 +243,17 @@ class Stream(_Model):
             ArgumentError: naming the argument.
             UnreachableError, ServerError: if MongoDB does not answer, takes no writes, or does not let this user write.
         """
-        given = _given(interval=interval, max_age=max_age, max_backlog=max_backlog, group_expiry=group_expiry)
+        numbers = {'interval': interval, 'max_age': max_age, 'max_backlog': max_backlog, 'group_expiry': group_expiry}
+        stored: dict[str, Any] = {option: value for option, value in numbers.items() if value is not AS_STORED}
         own = _given(batchsize=batchsize, linger=linger, timeout=timeout)
         check_name('the name of a stream', name)
-        check_options({**given, **own})
-        check_whole_ms(_given(interval=interval))
-        if on_full is not None:
+        check_options({**_given(**stored), **own})
+        check_whole_ms(_given(interval=stored.get('interval')))
+        if on_full is not AS_STORED:
+            stored['on_full'] = on_full
+        if stored.get('on_full') is not None:
             check_choice('on_full', on_full, 'block', 'raise')
-            given['on_full'] = on_full
-        return cls._open(name, target(url, **(cnx_kwargs or {})), given, **own)
+        return cls._open(name, target(url, **(cnx_kwargs or {})), stored, **own)
 
     @classmethod
     def find(cls, name: str, url: str | None = None, **cnx: Any) -> Stream:
@@ -271,16 +283,20 @@ class Stream(_Model):
         batchsize: int = 1, linger: float = 1.0, timeout: float = TIMEOUT,
     ) -> Stream:  # fmt: skip
         where.check()
-        limited = 'on_full' not in options or 'max_backlog' in options
-        if not limited and not store.find_stream(where.majority, name).get('max_backlog'):
-            raise ArgumentError(f'on_full goes with max_backlog, which stream {name!r} has not; give both')
-        stream: Stream = cls._from_son(_opened(where, name, options))
+        unset = {option for option, value in options.items() if value is None}
+        if options.get('on_full') is not None:
+            if not {**store.find_stream(where.majority, name), **options}.get('max_backlog'):
+                raise ArgumentError(f'on_full goes with max_backlog, which stream {name!r} has not; give both')
+        elif 'max_backlog' in unset:
+            options = {**options, 'on_full': None}
+        if 'max_age' in unset:
+            ledger.forget_cleaned(where.majority, name)
+        doc = _opened(where, name, options)
+        stream: Stream = cls._from_son(doc)
         stream._target = where
         stream._get_collection = lambda: where.db.stream  # type: ignore[method-assign]
         stream._batchsize, stream._linger = batchsize, linger
-        stream._limits = Limits(stream.max_backlog, stream.on_full or 'block', timeout)
-        if stream.max_age:
-            _clear_in_background(where, name, stream.max_age)
+        stream._limits = Limits(timeout, settings.opened(where, name, doc))
         return stream
 
     _known_producer: Producer | None = None
@@ -417,6 +433,7 @@ class Stream(_Model):
             group.delete()
         deleted = store.clear_stream(self.target.majority, self.name)
         store.delete_stream(self.target.majority, self.name)
+        settings.deleted(self.target, self.name)
         return deleted
 
     def attach(self, source: Source, background: bool = True) -> None:
@@ -554,10 +571,10 @@ class Stream(_Model):
         return type(self).consume(self.name, fn, stream=self, **options)
 
     def autoclear(self, max_age: float) -> None:
-        """Keep messages for `max_age` seconds, processed or not, then delete them, in a thread of this process."""
+        """Keep messages for `max_age` seconds, processed or not, then delete them: what `max_age` of a stream does."""
         check_options({'max_age': max_age})
-        store.open_stream(self.target.majority, self.name, {'max_age': max_age}, clock.now())
-        _clear_in_background(self.target, self.name, max_age)
+        doc = store.open_stream(self.target.majority, self.name, {'max_age': max_age}, clock.now())
+        settings.opened(self.target, self.name, doc)
 
 
 def _opened(where: Target, name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -574,32 +591,6 @@ def _opened(where: Target, name: str, options: dict[str, Any]) -> dict[str, Any]
                 logger.warning('stream %r is not open yet, trying for %g s: %s', name, OPEN_TIMEOUT, reason_of(exc))
             told = True
             time.sleep(OPEN_PAUSE)
-
-
-_clearing: dict[tuple[int, Target, str], float] = {}
-
-
-def _clear_in_background(where: Target, name: str, max_age: float) -> None:
-    key = (os.getpid(), where, name)
-    running = key in _clearing
-    _clearing[key] = max_age
-    if not running:
-        threading.Thread(target=_clear_regularly, args=key, name=f'minibatch-autoclear-{name}', daemon=True).start()
-
-
-def _clear_regularly(*key: Any) -> None:
-    _, where, name = key
-    while True:
-        try:
-            # By the server's clock: that of this machine may be ahead.
-            now = clock.now() if where.is_mock else store.server_time(where.majority)
-            deleted = store.delete_older(where.majority, name, now - timedelta(seconds=_clearing[key]))
-        except PyMongoError as exc:
-            logger.warning('old messages of stream %r not deleted, trying again: %s', name, exc)
-        else:
-            if deleted:
-                logger.info('%d messages of stream %r were older than %g s', deleted, name, _clearing[key])
-        time.sleep(min(max(_clearing[key] / 10, 0.1), 60))
 
 
 def check_name(what: str, name: Any, forbidden: str = '\0') -> None:

@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ import pymongo
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import PyMongoError
 
-from . import clock, connection, ledger, store
+from . import clock, connection, ledger, settings, store
 from .abc import SourceMessage
 from .backlog import Limits, Room, count_backlog
 from .connection import Target, is_passing, reason_of
@@ -203,7 +202,7 @@ class NamedProducer:
         """Take room for 1 to `wanted` messages."""
         pause, longest = PAUSES
         while not (taken := self._room.take(wanted, self._limits)):
-            full = self._room.describe(self._stream, replace(self._limits, on_full='raise'))
+            full = self._room.describe(self._stream, self._limits, waited=False)
             self._waits.say('a source waits: %s', full)
             self._pause(pause)
             pause = min(pause * 1.5, longest)
@@ -234,8 +233,9 @@ class NamedProducer:
     def _open_dead_letters(self) -> NamedProducer:
         if self._dead_letters is None:
             name = self._stream + DEAD_LETTERS
-            options = {'max_age': DEAD_LETTERS_KEPT.total_seconds()}
-            self._patiently(lambda: store.open_stream(self._target.majority, name, options, clock.now()))
+            first = {'max_age': DEAD_LETTERS_KEPT.total_seconds()}
+            doc = self._patiently(lambda: store.open_stream(self._target.majority, name, {}, clock.now(), first))
+            settings.opened(self._target, name, doc)
             self._dead_letters = NamedProducer(self._target, name, self._name, Limits(), self._cancelled)
         return self._dead_letters
 

@@ -204,8 +204,10 @@ class Producer:
             if self._partial is not None and (failure := self._flush(limits.timeout)):
                 raise failure.error(written, queued=0)
             left = deadline - time.monotonic()
-            if limits.on_full == 'raise' or left <= 0:
-                raise Failure(BacklogFullError, self._room.describe(self.stream, limits)).error(written, queued=0)
+            waits = limits.on_full != 'raise'
+            if not waits or left <= 0:
+                full = self._room.describe(self.stream, limits, waited=waits)
+                raise Failure(BacklogFullError, full).error(written, queued=0)
             time.sleep(min(pause, left))
             pause = min(pause * 1.5, longest)
         return taken

@@ -50,7 +50,7 @@ class Follower:
         self._positions: dict[str, int] = {}
         self._cleaned: dict[str, int] = {}
         self._newly_cleaned: dict[str, int] = {}
-        self._busy = self._closed = False
+        self._busy = self._closed = self._marked = False
         self._deadline = float('inf')  # of deletion
         self._error: Exception | None = None
         self._last = self._read_marked = 0.0
@@ -163,6 +163,9 @@ class Follower:
         self._trim_dead()
         self._warn_of_expired_groups()
         limits, keep = ledger.released(db, self._stream, self._group, self._positions, session)
+        if self._marked and not keep:  # what was marked is not kept any more
+            self._cleaned.clear()
+        self._marked = keep
         clean = store.mark_processed if keep else store.delete_records
         for producer, upto in limits.items():
             self._clean(clean, Span(producer, self._cleaned.get(producer, 0), upto), session)

@@ -3,11 +3,12 @@
 Collections (see docs/architecture.rst for why):
 
 ``stream``    {name, status, created, closed, interval, last_read, format, max_age, group_expiry, max_backlog, on_full}
-``buffer``    a record batch: {_id, stream, producer, offset, n, created, processed}, and
+``buffer``    a record batch: {_id, stream, producer, offset, n, created, processed, stored}, and
 
               - ``data`` when n is 1, else ``batch`` with n documents
               - ``times``: the n creation times, if they differ; ``created`` is the first of them
               - ``meta``: n values, if any message has one
+              - ``stored``: when it was stored, by the clock of the server; those of older versions have none
               - ``token``: where a source goes on after it
 
               A producer's offsets are 0, 1, 2 ... without gaps; a record batch takes n of them from ``offset`` on.
@@ -23,12 +24,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import bson
-from bson import Int64, ObjectId
+from bson import Int64, ObjectId, Timestamp
 from bson.raw_bson import DEFAULT_RAW_BSON_OPTIONS, RawBSONDocument
 from pymongo import ReturnDocument, UpdateOne, WriteConcern
 from pymongo.client_session import ClientSession
@@ -36,6 +37,7 @@ from pymongo.collection import Collection
 from pymongo.database import Database
 from pymongo.errors import BulkWriteError, DuplicateKeyError
 
+from .clock import aware
 from .connection import is_passing, masked_text
 from .unreadable import as_stored, decode, read
 
@@ -44,6 +46,8 @@ MAX_BATCH = 10_000
 NEAR = 100  # reading so many messages more costs less than another query
 DUPLICATE_KEY = 11000
 NAMED = 'source:'
+SERVER_TIME = Timestamp(0, 0)  # in its place the server stores its own time, in seconds
+SECOND = timedelta(seconds=1)
 
 Doc = dict[str, Any]
 DB = Database[Doc]
@@ -79,14 +83,20 @@ def ensure_indexes(db: DB) -> None:
     )
 
 
-def open_stream(db: DB, name: str, options: Doc, now: datetime) -> Doc:
-    """Create the stream if need be, set the options given, and return its document."""
+def open_stream(db: DB, name: str, options: Doc, now: datetime, first: Doc | None = None) -> Doc:
+    """Create the stream if need be, with the options `first`, set those given, and return its document.
+
+    An option that is None is unset.
+    """
     created = {'status': 'open', 'created': now, 'format': FORMAT}
-    update = {'$setOnInsert': created}
+    update = {'$setOnInsert': {**created, **(first or {})}}
     with suppress(DuplicateKeyError):  # made by another process at the same moment
         db.stream.update_one({'name': name}, update, upsert=True)
+    change: Doc = {'$set': {'name': name}, '$unset': {}}
+    for option, value in options.items():
+        change['$unset' if value is None else '$set'][option] = value
     found: Any = db.stream.find_one_and_update(
-        {'name': name}, {'$set': {'name': name, **options}}, return_document=ReturnDocument.AFTER
+        {'name': name}, {how: fields for how, fields in change.items() if fields}, return_document=ReturnDocument.AFTER
     )
     doc: Doc = found
     return doc
@@ -95,6 +105,11 @@ def open_stream(db: DB, name: str, options: Doc, now: datetime) -> Doc:
 def find_stream(db: DB, name: str, session: ClientSession | None = None) -> Doc:
     """The document of a stream, empty if there is none."""
     return db.stream.find_one({'name': name}, session=session) or {}
+
+
+def find_streams(db: DB, names: list[str]) -> dict[str, Doc]:
+    """The documents of those of these streams that there are, by name."""
+    return {doc['name']: doc for doc in db.stream.find({'name': {'$in': names}})}
 
 
 def stream_names(db: DB, limit: int) -> list[str]:
@@ -173,6 +188,7 @@ def record_batch(
         'n': len(datas),
         'created': times[0],
         'processed': False,
+        'stored': SERVER_TIME,
     }
     if times[-1] != times[0]:
         fields['times'] = list(times)
@@ -259,7 +275,7 @@ def unbatch(db: DB, span: Span, stream: str, before_each: Callable[[], None] = l
     batches = 0
     for doc in read(db.buffer, {**_log_range(stream, span), 'n': {'$gt': 1}}):
         before_each()
-        base = {key: doc[key] for key in ('stream', 'producer', 'processed')}
+        base: Doc = {key: doc[key] for key in ('stream', 'producer', 'processed', 'stored') if key in doc}
         singles = []
         for i, data in enumerate(doc['batch']):
             single = {**base, 'offset': Int64(doc['offset'] + i), 'n': 1, 'created': times_of(doc)[i]}
@@ -389,7 +405,7 @@ def read_records(db: DB, stream: str, span: Span, session: ClientSession | None 
     """The record batches that hold the messages of a span, in order; the outer ones may hold more."""
     if span.start >= span.end:
         return []
-    fields = {'_id': 0, 'stream': 0, 'producer': 0, 'processed': 0, 'token': 0}
+    fields = {'_id': 0, 'stream': 0, 'producer': 0, 'processed': 0, 'stored': 0, 'token': 0}
     found = list(read(db.buffer, _log_range(stream, span), fields, session))
     if not found or found[0]['offset'] != span.start:
         around = _record_around(db, stream, span.producer, span.start, fields, session)
@@ -463,7 +479,7 @@ def read_messages(
     db: DB, stream: str, span: Span, names: list[str] | None, session: ClientSession | None = None
 ) -> Iterator[tuple[int, datetime, Any]]:
     """(offset, creation time, data) of the messages of a span, in order; of the data only these fields, if named."""
-    fields = {'_id': 0, 'stream': 0, 'producer': 0, 'processed': 0, 'meta': 0, 'token': 0}
+    fields = {'_id': 0, 'stream': 0, 'producer': 0, 'processed': 0, 'stored': 0, 'meta': 0, 'token': 0}
     if names is not None and not any('$' in name for name in names):
         inner = [name for name in sorted(set(names)) if not any(name.startswith(f'{other}.') for other in names)]
         fields = {'_id': 0, **dict.fromkeys(('offset', 'n', 'created', 'times'), 1)}
@@ -559,27 +575,66 @@ def mark_processed(db: DB, stream: str, span: Span, session: ClientSession | Non
     return _end_of_whole_batches(db, stream, span, session)
 
 
-def delete_older(db: DB, stream: str, before: datetime) -> int:
-    """Delete the messages created before a time, whole record batches from the oldest on. Returns how many.
+def delete_older(db: DB, stream: str, before: datetime) -> tuple[int, datetime | None]:
+    """Delete the messages kept since before a time of the server, whole record batches from the oldest on.
 
-    A record batch stays until its youngest message is that old.
+    The logs are read only where that may be so.
+
+    Returns:
+        How many were deleted, and since about when the oldest of the others are kept, None if there are none.
     """
-    deleted = 0
-    for producer, end in log_ends(db, stream).items():
-        start = first_kept(db, stream, producer, 0)
-        if start is None:
-            continue
-        upto = start
-        for offset, n, times in read_times(db, stream, Span(producer, start, end), limit=0):
-            if times[-1].replace(tzinfo=before.tzinfo) >= before:
-                break
-            upto = offset + n
+    deleted, left = 0, []
+    for producer, (start, since) in _oldest(db, stream).items():
+        upto, rest = _first_left(db, stream, producer, start, before) if since < before else (start, since)
+        if rest is not None:
+            left.append(rest)
         if upto > start:
             _keep_place(db, stream, Span(producer, start, upto))
             db.buffer.delete_many(_log_range(stream, Span(producer, start, upto)))
             deleted += upto - start
-    old = {'stream': stream, 'offset': None, 'created': {'$lt': before}}
-    return deleted + db.buffer.delete_many(old).deleted_count
+    old = {'created': {'$lt': before}, 'stored': {'$not': {'$gte': Timestamp(before, 0)}}}
+    deleted += db.buffer.delete_many({'stream': stream, 'offset': None, **old}).deleted_count
+    return deleted, min(left, default=None)
+
+
+def _oldest(db: DB, stream: str) -> dict[str, tuple[int, datetime]]:
+    """For each producer with records: the first offset stored, and since about when it is kept. One step of the index
+    per producer."""
+    first: list[Doc] = [
+        {'$match': {'stream': stream, 'offset': {'$gte': 0}}},
+        {'$sort': {'producer': 1, 'offset': 1}},
+        {'$group': {'_id': '$producer', **{key: {'$first': f'${key}'} for key in ('offset', 'created', 'stored')}}},
+    ]
+    found = db.buffer.aggregate(first, batchSize=10_000)
+    return {doc['_id']: (int(doc['offset']), _kept_since(doc)) for doc in found}
+
+
+def _first_left(
+    db: DB, stream: str, producer: str, start: int, before: datetime
+) -> tuple[int, datetime | None]:
+    """Up to which offset record batches from `start` on are kept since before a time, and since when the next is."""
+    upto, fields = start, {'_id': 0, **dict.fromkeys(('offset', 'n', 'created', 'times', 'stored'), 1)}
+    log = {'stream': stream, 'producer': producer, 'offset': {'$gte': start}}
+    for record in db.buffer.find(log, fields).sort('offset', 1):
+        since = _kept_since(record)
+        if since >= before:
+            return upto, since
+        upto = int(record['offset']) + int(record['n'])
+    return upto, None
+
+
+def _kept_since(record: Doc) -> datetime:
+    """Since when a record batch is kept, by the clock of the server.
+
+    That knows the second. Within it, it is when the youngest message was created; if that is another second, the clock
+    of the producer is wrong, or it has waited, and it is the end of the second.
+    """
+    youngest = aware(max(times_of(record)))
+    stored = record.get('stored')
+    if not stored or not stored.time:  # it is of an older version, or not on a real server
+        return youngest
+    second: datetime = stored.as_datetime()
+    return youngest if second <= youngest < second + SECOND else second + SECOND
 
 
 def server_time(db: DB) -> datetime:

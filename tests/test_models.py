@@ -4,12 +4,12 @@ import threading
 from datetime import datetime, timedelta
 
 import pytest
-from processes import Seen, appended, note, prove, started, write_at
+from processes import Seen, appended, note, prove, started
 from pymongo import MongoClient
 from servers import Mongod, eventually
 
 import minibatch as mb
-from minibatch import attached, clock, connection, models
+from minibatch import attached, connection, models
 from minibatch.clock import EPOCH
 from minibatch.connection import masked
 from minibatch.errors import ArgumentError, BacklogFullError, DataError, ServerError
@@ -329,15 +329,6 @@ def test_with_max_age_processed_messages_are_kept_for_a_group_that_comes_later(u
         assert emitter._run_once() == 5
         prove(seen.messages(), {0: 50})
     assert [(record.n, record.processed) for record in stream.buffer()] == [(50, True)]
-
-
-def test_messages_are_deleted_by_the_clock_of_the_server(url, db, monkeypatch):
-    now = clock.now()
-    write_at(db, 's', [now - timedelta(hours=2), now - timedelta(minutes=1)])
-    monkeypatch.setattr(clock, 'now', lambda: now + timedelta(hours=1))
-    stream = mb.stream('s', url=url, max_age=1800)
-    eventually(lambda: stream.buffer().count() < 2)
-    assert [record.data['seq'] for record in stream.buffer()] == [1]
 
 
 def test_a_replica_set_that_was_never_initiated_is_waited_for_and_the_error_says_what_to_do(monkeypatch, caplog):

@@ -12,7 +12,7 @@ from processes import SCRIPTS, SEED, running
 from servers import Mongod, eventually
 
 import minibatch as mb
-from minibatch import clock, named, store
+from minibatch import clock, named, settings, store
 from minibatch.abc import SourceMessage
 from minibatch.errors import ArgumentError, CancelledError, OvertakenError
 from minibatch.testing import InlineExecutor
@@ -78,9 +78,19 @@ def test_a_token_outlives_the_messages_that_are_processed_and_deleted(stream, db
     assert process_all(url, db) == [10, 11]
 
 
+def test_the_dead_letters_of_a_source_are_kept_for_30_days_or_as_long_as_their_stream_says(url, db):
+    for name, expected in (('one', 30 * 86400), ('two', 60)):
+        stream = mb.stream(name, url=url)
+        if expected == 60:
+            mb.stream('two.dead_letters', url=url, max_age=60)
+        stream.producer(NAME).append_many([SourceMessage(b'', error='unreadable', token=1)])
+        assert db.stream.find_one({'name': f'{name}.dead_letters'})['max_age'] == expected
+        assert (stream.target, f'{name}.dead_letters') in settings._tended
+
+
 def test_a_token_outlives_messages_that_expire(stream, db):
     stream.producer(NAME).append_many(messages(0, 10))
-    assert store.delete_older(stream.target.majority, 'test', clock.now() + timedelta(seconds=10)) == 10
+    assert store.delete_older(stream.target.majority, 'test', clock.now() + timedelta(seconds=10)) == (10, None)
     assert stream.producer(NAME).token == 10
     assert stream.producer(NAME)._offset == 10
 

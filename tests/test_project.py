@@ -22,7 +22,7 @@ PACKAGE = ROOT / 'minibatch'
 LEVELS = {
     0: {'errors', 'abc', 'clock', 'signals'},
     1: {'connection', 'embedded', 'unreadable', 'store', 'ledger', 'dead', 'fields', 'marshaller', 'metrics'},
-    2: {'backlog', 'lease', 'messages', 'models', 'groups', 'producer', 'named',
+    2: {'backlog', 'settings', 'lease', 'messages', 'models', 'groups', 'producer', 'named',
         'attached', 'tail'},
     3: {'assign', 'edges', 'emitter', 'kinds', 'progress', 'retention', 'stall', 'wakeup', 'window', 'consumer',
         'planner', 'delivery', 'beside', 'worker', 'executors', 'overview'},
