@@ -34,7 +34,7 @@ from pymongo.errors import (
 from pymongo.read_concern import ReadConcern
 
 from . import embedded
-from .errors import ArgumentError, UnreachableError
+from .errors import ArgumentError, PortabilityError, UnreachableError
 
 DEFAULT_DBNAME = 'minibatch'
 DEFAULT_ALIAS = 'minibatch'
@@ -71,7 +71,7 @@ _clients: dict[tuple[Any, ...], MongoClient[dict[str, Any]]] = {}
 _inherited: list[Any] = []
 _default: Target | None = None
 _first: Target | None = None
-_sent: ContextVar[tuple[Target | None] | None] = ContextVar('minibatch_sent', default=None)
+_sent: ContextVar[tuple[Target | None, Target | None] | None] = ContextVar('minibatch_sent', default=None)
 _using: ContextVar[Target | None] = ContextVar('minibatch_using', default=None)
 _using_stream: ContextVar[str | None] = ContextVar('minibatch_using_stream', default=None)
 
@@ -86,6 +86,14 @@ class Target:
 
     def __repr__(self) -> str:
         return f'Target({masked(self.url)!r}, {self.dbname!r})'
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Target:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.is_mock:
+            raise PortabilityError(f'{masked(self.url)} is in the memory of this process, where others do not see it')
+        return Target, (self.url, self.dbname, self.options)
 
     @property
     def is_mock(self) -> bool:
@@ -197,14 +205,20 @@ def chosen() -> Target | None:
     return _default if sent is None else sent[0]
 
 
-def choose(default: Target | None) -> None:
+def first_opened() -> Target | None:
+    """The first database that was opened, here or, in a worker, by its parent."""
+    sent = _sent.get()
+    return _first if sent is None or sent[1] is None else sent[1]
+
+
+def choose(default: Target | None, first: Target | None = None) -> None:
     """Mean this database wherever no URL is given; for workers, which mean what their parent means.
 
-    A worker whose threads serve several parents means another one in each.
+    Models without it mean `first`. A worker whose threads serve several parents means others in each.
     """
     global _default
     _default = default
-    _sent.set((default,))
+    _sent.set((default, first))
 
 
 def leave_quickly() -> None:
@@ -219,13 +233,18 @@ def leave_quickly() -> None:
             atexit.unregister(wait)
 
 
+def known() -> Target | None:
+    """The database of models: that of `using`, else `connectdb`'s, else the first one opened, if there is one."""
+    return _using.get() or chosen() or first_opened()
+
+
 def current() -> Target:
-    """The database of models: that of `using`, else `connectdb`'s, else the first one opened, else see `target`."""
-    return _using.get() or chosen() or _first or target()
+    """The database of models: the one that is `known`, else see `target`."""
+    return known() or target()
 
 
 @contextmanager
-def using(where: Target, stream: str) -> Iterator[None]:
+def using(where: Target, stream: str | None = None) -> Iterator[None]:
     """Let the models mean this database, and messages those of this stream, in this thread."""
     tokens = _using.set(where), _using_stream.set(stream)
     try:

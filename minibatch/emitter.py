@@ -8,11 +8,11 @@ import queue as queues
 import threading
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NoReturn
 
 from . import clock, executors, store
 from .consumer import Consumer
-from .errors import ArgumentError
+from .errors import ArgumentError, PortabilityError
 from .messages import Message
 from .models import Buffer, Stream, Window, check_choice, check_name, check_options
 from .progress import Log, WindowPlan
@@ -235,6 +235,10 @@ class WindowEmitter:
 
     def __repr__(self) -> str:
         return f'<{self.describe()} on {self.name}>'
+
+    def __reduce__(self) -> NoReturn:
+        raise PortabilityError(f'{self!r} belongs to this process, so it cannot be copied or sent to another; make '
+                               f'one there')  # fmt: skip
 
     # --- planning, for the consumer
 

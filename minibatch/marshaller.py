@@ -8,12 +8,14 @@ import platform
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, cast
 
 import cloudpickle
 
+from .connection import masked_text
 from .errors import PortabilityError, UnknownFunctionError
 
 MAX_LOADED = 32  # functions that a worker keeps; one that serves many consumers is sent others again
@@ -115,23 +117,47 @@ def name_of(fn: Any) -> str:
 
 
 def _explain(fn: Callable[..., Any], exc: Exception) -> str:
-    for name, value in _references(fn).items():
+    """Why a function cannot be sent: the name of what it refers to that cannot, through functions and containers."""
+    path, value, seen = '', cast(Any, fn), {id(fn)}
+    while (found := _culprit(value, seen)) is not None:
+        name, value, exc = found
+        path += name if name.startswith('[') or not path else f'.{name}'
+    reason = masked_text(str(exc))
+    if not path:
+        return f'{name_of(fn)} cannot be sent to a worker process: {reason}'
+    return (
+        f'{name_of(fn)} cannot be sent to a worker process, because its variable {path!r} ({type(value).__name__}) '
+        f'cannot be pickled: {reason}. Make it inside the function, or use executor= with an executor that stays in '
+        f'this process.'
+    )
+
+
+def _culprit(value: Any, seen: set[int]) -> tuple[str, Any, Exception] | None:
+    """What `value` refers to that cannot be pickled, but for those that were seen: its name, itself, and why."""
+    for name, each in _references(value).items():
         try:
-            cloudpickle.dumps(value)
-        except Exception:
-            return (
-                f'{name_of(fn)} cannot be sent to a worker process, because its variable {name!r} '
-                f'({type(value).__name__}) cannot be pickled. Make it inside the function, or use executor= with '
-                f'an executor that stays in this process.'
-            )
-    return f'{name_of(fn)} cannot be sent to a worker process: {exc}'
+            cloudpickle.dumps(each)
+        except Exception as exc:
+            if id(each) not in seen:
+                seen.add(id(each))
+                return name, each, exc
+    return None
 
 
-def _references(fn: Callable[..., Any]) -> dict[str, Any]:
-    if inspect.ismethod(fn):
-        return {f'self.{name}': value for name, value in vars(fn.__self__).items()}
-    try:
-        closure = inspect.getclosurevars(fn)
-    except (TypeError, ValueError):
-        return dict(getattr(fn, '__dict__', {}))
-    return {**closure.globals, **closure.nonlocals}
+def _references(value: Any) -> dict[str, Any]:
+    """What goes with a function, a partial of one, a callable object, or a container of them, by name."""
+    if inspect.ismethod(value):
+        return {f'self.{name}': each for name, each in getattr(value.__self__, '__dict__', {}).items()}
+    if isinstance(value, partial):
+        return {'func': value.func, **{f'args[{i}]': each for i, each in enumerate(value.args)}, **value.keywords}
+    if isinstance(value, dict):
+        return {f'[{name!r}]': each for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return {f'[{i}]': each for i, each in enumerate(value)}
+    if not inspect.isfunction(value):
+        return dict(vars(value)) if callable(value) and hasattr(value, '__dict__') else {}
+    with suppress(TypeError, ValueError):
+        closure = inspect.getclosurevars(value)
+        defaults = {name: each.default for name, each in inspect.signature(value).parameters.items()}
+        return {**closure.globals, **closure.nonlocals, **defaults, **vars(value)}
+    return dict(vars(value))

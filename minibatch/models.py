@@ -24,7 +24,7 @@ from . import clock, dead, groups, ledger, messages, settings, store, tail
 from .abc import Source, WindowCommit
 from .attached import Attached
 from .backlog import TIMEOUT, Limits
-from .connection import Target, current, current_stream, is_passing, reason_of, target
+from .connection import Target, current, current_stream, is_passing, known, reason_of, target, using
 from .errors import ArgumentError, DataError, ServerError
 from .groups import DeadLetters, Group
 from .messages import Message, MessageWindow
@@ -56,23 +56,47 @@ class _RawField(BaseField):
 
 
 class _BoundQuerySet(QuerySet):
-    """A query set whose documents stay with the database they came from."""
+    """A query set whose documents stay with the database they came from, as it does itself where it is sent."""
+
+    where: Target
 
     def __next__(self) -> Any:
         return self._bound(super().__next__())
 
     def __getitem__(self, key: Any) -> Any:  # also behind first()
-        found = super().__getitem__(key)
-        return self._bound(found) if isinstance(found, Document) else found
+        return self._bound(super().__getitem__(key))
 
-    def _bound(self, doc: Any) -> Any:
-        collection = self._collection_obj
-        doc._get_collection = lambda: collection
-        return doc
+    def _bound(self, found: Any) -> Any:
+        return found.bound_to(self.where) if isinstance(found, _Model) else found
+
+    def _clone_into(self, other: _BoundQuerySet) -> _BoundQuerySet:
+        other.where = self.where
+        cloned: _BoundQuerySet = super()._clone_into(other)
+        return cloned
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        with using(state['where']):
+            super().__setstate__(state)
 
 
 class _Model(Document):
     meta: ClassVar[dict[str, Any]] = {'abstract': True, 'strict': False, 'auto_create_index': False}
+
+    _target: Target | None = None
+
+    def bound_to(self, where: Target) -> Any:
+        """This document, which from now on means this database, wherever it is sent."""
+        self._target = where
+        self._get_collection = lambda: where.db[self._get_collection_name()]  # type: ignore[method-assign]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), 'where': self._target or known()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if state.get('where') is not None:
+            self.bound_to(state['where'])
 
     @classmethod
     def _get_db(cls) -> Any:
@@ -85,7 +109,9 @@ class _Model(Document):
     @classmethod
     def in_database(cls, where: Target) -> QuerySet:
         """All documents of this model in a database."""
-        return _BoundQuerySet(cls, where.db[cls._get_collection_name()])
+        found = _BoundQuerySet(cls, where.db[cls._get_collection_name()])
+        found.where = where
+        return found
 
 
 def _utcnow() -> datetime:
@@ -292,19 +318,23 @@ class Stream(_Model):
         if 'max_age' in unset:
             ledger.forget_cleaned(where.majority, name)
         doc = _opened(where, name, options)
-        stream: Stream = cls._from_son(doc)
-        stream._target = where
-        stream._get_collection = lambda: where.db.stream  # type: ignore[method-assign]
+        stream: Stream = cls._from_son(doc).bound_to(where)
         stream._batchsize, stream._linger = batchsize, linger
         stream._limits = Limits(timeout, settings.opened(where, name, doc))
         return stream
 
     _known_producer: Producer | None = None
     _attached: Attached | None = None
-    _target: Target | None = None
     _batchsize: int = 1
     _linger: float = 1.0
     _limits = Limits()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), 'handle': (self._batchsize, self._linger, self._limits)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._batchsize, self._linger, self._limits = state['handle']
 
     @property
     def target(self) -> Target:

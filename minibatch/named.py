@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import bson
 import pymongo
@@ -27,7 +27,7 @@ from . import clock, connection, ledger, settings, store
 from .abc import SourceMessage
 from .backlog import Limits, Room, count_backlog
 from .connection import Target, is_passing, reason_of
-from .errors import ArgumentError, CancelledError, DataError, OvertakenError, ServerError
+from .errors import ArgumentError, CancelledError, DataError, OvertakenError, PortabilityError, ServerError
 from .producer import INSERT_BYTES, MAX_MESSAGE_BYTES, RENEWED, cuts, encode_both, new_id, to_bson
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,10 @@ class NamedProducer:
         self._rejected = _Said()
         self._waits = _Said()
         self._look()
+
+    def __reduce__(self) -> NoReturn:
+        raise PortabilityError('a NamedProducer is for one thread, so it cannot be copied or sent to another process; '
+                               'call stream.producer(name) where it is used')  # fmt: skip
 
     def append(self, data: Any, meta: Any = None, token: Any = None) -> None:
         """Append one message; see `append_many`."""

@@ -18,7 +18,8 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import datetime
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ RENEWED = 12 * 3600.0  # seconds; less than positions of idle producers are kept
 UNLIMITED = Limits()
 
 _registry: dict[tuple[Target, str], Producer] = {}
+_queued_on: ContextVar[dict[Producer, float] | None] = ContextVar('minibatch_queued_on', default=None)
 _registry_lock = threading.Lock()
 
 
@@ -131,6 +133,8 @@ class Producer:
         raw, frozen = encode_both(data, meta)
         if limits.max_backlog is not None:
             self._take_room(1, limits)
+        if (queued_on := _queued_on.get()) is not None:
+            queued_on[self] = limits.timeout
         with self._lock:
             partial = self._partial
             if partial is None:
@@ -413,6 +417,22 @@ def producer_of(target: Target, stream: str) -> Producer:
                 Finalize(None, flush_all, exitpriority=100)
             _registry[key] = Producer(target, stream)
         return _registry[key]
+
+
+@contextmanager
+def flushed() -> Iterator[None]:
+    """What is appended in this context, and only queued, is stored when it ends, or else this raises, as `flush` does.
+
+    Only that of this thread, and of asyncio tasks begun in it; what threads of its own append is theirs to flush.
+    """
+    timeouts: dict[Producer, float] = {}
+    reset = _queued_on.set(timeouts)
+    try:
+        yield
+    finally:
+        _queued_on.reset(reset)
+    for producer, timeout in timeouts.items():
+        producer.flush(timeout)
 
 
 def flush_all() -> None:

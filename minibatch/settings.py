@@ -50,6 +50,10 @@ class Settings:
         self._look_at = 0.0  # when messages may have become too old
         self._failed = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        said = {'max_age': self.max_age, 'max_backlog': self.max_backlog, 'on_full': self.on_full}
+        return arrived, (self.where, self.name, said)
+
     def read(self) -> None:
         """Read the document of the stream again."""
         self.take(store.find_stream(self.where.majority, self.name))
@@ -118,6 +122,13 @@ def opened(where: Target, name: str, doc: dict[str, Any]) -> Settings:
             threading.Thread(target=_run, name='minibatch-settings', daemon=True).start()
         _changed.notify_all()
     return settings
+
+
+def arrived(where: Target, name: str, doc: dict[str, Any]) -> Settings:
+    """The settings of a stream that was sent here; until its document is read, they are those where it came from."""
+    with _changed:
+        settings = _known.get((where, name))
+    return opened(where, name, doc) if settings is None else settings
 
 
 def deleted(where: Target, name: str) -> None:

@@ -26,10 +26,10 @@ import loky
 import pymongo
 from pymongo.errors import PyMongoError
 
-from . import connection, dead, marshaller, store
+from . import connection, dead, marshaller, producer, store
 from .abc import Completion
 from .connection import Target
-from .errors import DataError, MinibatchError
+from .errors import DataError, MinibatchError, ServerError, UnconfirmedError
 from .marshaller import Portable
 from .messages import MessageWindow
 from .models import Window
@@ -153,7 +153,7 @@ class Task:
     ) -> None:  # fmt: skip
         self.target, self.stream, self.fn, self.works, self.returns = target, stream, fn, works, returns
         self.limit = limit
-        self.default = connection.chosen()
+        self.default, self.first = connection.chosen(), connection.first_opened()
         self.remote = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -172,7 +172,7 @@ class Task:
 
     def __call__(self) -> list[Outcome]:
         if self.remote:
-            connection.choose(self.default)
+            connection.choose(self.default, self.first)
         found = None
         try:
             spans = [span for work in self.works if not work.replay for span in work.spans]
@@ -180,12 +180,26 @@ class Task:
         except Exception as exc:
             if not _is_of_the_messages(exc):
                 return [_failure(work, exc, by_function=False) for work in self.works]
-        outcomes = [self._do(work, found) for work in self.works]
+        outcomes = self._do_all(found)
         if self.remote:
             for outcome in outcomes:
                 outcome.host = platform.node() if outcome.missing else ''
             with suppress(Exception):
                 sys.stdout.flush()
+        return outcomes
+
+    def _do_all(self, found: Records | None) -> list[Outcome]:
+        """Do all windows; they are done when what their functions have appended is stored, not just queued."""
+        outcomes: list[Outcome] = []
+        try:
+            with producer.flushed():
+                outcomes += [self._do(work, found) for work in self.works]
+        except ServerError as exc:
+            by_function = not isinstance(exc, UnconfirmedError)
+            outcomes = [
+                outcome if outcome.error else _failure(work, exc, by_function)
+                for work, outcome in zip(self.works, outcomes, strict=True)
+            ]
         return outcomes
 
     def _do(self, work: Work, found: Records | None) -> Outcome:

@@ -1,8 +1,12 @@
 """Streams and windows; models and appends without a server, on mongomock, and streams as sinks and as archives."""
 
+import copy
+import pickle
 import threading
 from datetime import datetime, timedelta
+from functools import partial
 
+import cloudpickle
 import pytest
 from processes import Seen, appended, note, prove, started
 from pymongo import MongoClient
@@ -11,8 +15,8 @@ from servers import Mongod, eventually
 import minibatch as mb
 from minibatch import attached, connection, models
 from minibatch.clock import EPOCH
-from minibatch.connection import masked
-from minibatch.errors import ArgumentError, BacklogFullError, DataError, ServerError
+from minibatch.connection import Target, masked
+from minibatch.errors import ArgumentError, BacklogFullError, DataError, PortabilityError, ServerError
 from minibatch.messages import MessageWindow
 from minibatch.store import Span
 from minibatch.testing import InlineExecutor
@@ -356,3 +360,157 @@ def test_a_user_who_may_not_write_is_told_which_role_to_have():
             assert reason in str(said.value)
             assert str(said.value).endswith("name a user who has the role readWrite on the database 'test'.")
     connection.disconnect()
+
+
+# --- travelling
+
+WAYS = {
+    'pickle': lambda it: pickle.loads(pickle.dumps(it)),
+    'cloudpickle': lambda it: pickle.loads(cloudpickle.dumps(it)),
+    'copy': copy.copy,
+    'deepcopy': copy.deepcopy,
+}
+
+
+@pytest.fixture
+def elsewhere(url, db):
+    """Another database, which is meant wherever no URL is given."""
+    name = f'{db.name}_elsewhere'
+    mb.connectdb(url.replace(db.name, name))
+    yield db.client[name]
+    db.client.drop_database(name)
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_a_stream_that_travels_is_the_same_with_its_database_and_options(url, db, elsewhere, way):
+    stream = mb.stream('s', url=url, batchsize=3, linger=50, timeout=7, max_backlog=4, on_full='raise', interval=2)
+    came = WAYS[way](stream)
+    assert came == stream
+    assert (came.name, came.interval, came.target) == ('s', 2, stream.target)
+    came.append({'v': 0})
+    assert db.buffer.count_documents({}) == 0, 'it waits for two more'
+    came.flush()
+    came.append_many([{'v': 1}, {'v': 2}, {'v': 3}])
+    with pytest.raises(BacklogFullError):
+        came.append({'v': 4})
+    assert sum(doc['n'] for doc in db.buffer.find()) == 4
+    assert (came.flush(), came._limits.timeout) == (None, 7)
+    assert elsewhere.list_collection_names() == []
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_a_stream_that_was_closed_or_deleted_travels_to_its_database_too(url, db, elsewhere, way):
+    stream = mb.stream('s', url=url)
+    stream.close()
+    WAYS[way](stream).append({'v': 0})
+    assert len(stream.buffer()) == 1
+    stream.delete()
+    WAYS[way](stream).append({'v': 1})
+    assert [doc['data'] for doc in db.buffer.find()] == [{'v': 1}]
+    assert elsewhere.list_collection_names() == []
+
+
+def test_a_stream_without_a_database_of_its_own_travels_with_the_one_it_means(url, db):
+    mb.connectdb(url)
+    sent = pickle.dumps(mb.Stream(name='s'))
+    mb.connectdb(f'{url.replace(db.name, "unused")}')
+    pickle.loads(sent).append({'v': 0})
+    assert db.buffer.count_documents({}) == 1
+
+
+def test_stored_documents_and_queries_of_a_stream_travel_to_its_database(url, db, elsewhere):
+    stream = mb.stream('s', url=url)
+    stream.append_many([{'v': 1}])
+    found, query = pickle.loads(pickle.dumps((stream.buffer().first(), stream.buffer(processed=False))))
+    assert [doc.data for doc in query] == [{'v': 1}]
+    found.modify(processed=True)
+    assert db.buffer.find_one()['processed']
+    assert elsewhere.list_collection_names() == []
+
+
+def test_groups_and_dead_letters_travel_to_their_database(url, elsewhere):
+    stream = mb.stream('s', url=url)
+    stream.append({'v': 1})
+    mb.make_emitter('s', lambda window: 1 / 0, stream=stream, size=1, max_attempts=1, executor=InlineExecutor).run(
+        blocking=False
+    )
+    group, letters = pickle.loads(pickle.dumps((stream.group(), stream.dead_letters())))
+    assert (group.lag().messages, letters[0].data) == (0, [{'v': 1}])
+    assert letters.discard() == 1
+    assert elsewhere.list_collection_names() == []
+
+
+def test_values_of_a_query_can_be_asked_for_alone(stream):
+    stream.append({'v': 1})
+    assert list(stream.buffer().scalar('n')) == [1]
+    assert [doc['data'] for doc in stream.buffer().as_pymongo()] == [{'v': 1}]
+
+
+def test_a_stream_in_the_memory_of_this_process_is_copied_and_not_sent(stream):
+    copy.deepcopy({'out': stream})['out'].append({'v': 1})
+    assert len(stream.buffer()) == 1
+    with pytest.raises(PortabilityError, match='in the memory of this process'):
+        pickle.dumps(stream)
+
+
+def test_what_is_at_work_in_this_process_is_neither_copied_nor_sent(url):
+    stream = mb.stream('s', url=url)
+    emitter = mb.make_emitter('s', len, size=1, stream=stream)
+    for at_work, named in ((stream.producer('p'), 'NamedProducer'), (emitter, r'CountWindow\(size=1\) on s/default')):
+        for way in WAYS.values():
+            with pytest.raises(PortabilityError, match=named):
+                way(at_work)
+
+
+def test_a_stream_shows_its_password_nowhere_and_sends_it():
+    stream = mb.Stream(name='s').bound_to(Target('mongodb://me:hush@nowhere/db', 'db'))
+    assert 'hush' not in f'{stream!r} {vars(stream)!r} {stream.to_mongo()}'
+    assert pickle.loads(pickle.dumps(stream)).target == stream.target
+
+
+class Outputs:
+    """A callable object that has a stream, and a method."""
+
+    def __init__(self, out):
+        self.out = out
+
+    def __call__(self, how):
+        self.out.append({'how': how})
+
+    def method(self, how):
+        self.out.append({'how': how})
+
+
+def append_to(how, out):
+    out.append({'how': how})
+
+
+@pytest.mark.parametrize('executor', ['processes', 'threads', 'inline'])
+def test_a_function_appends_to_the_stream_it_refers_to_wherever_it_runs(url, db, elsewhere, executor, caplog):
+    caplog.set_level('DEBUG')
+    out = mb.stream('out', url=f'{url}&appName=hush', batchsize=100, linger=1000)
+    found = partial(append_to, out=out)
+    ways = {
+        'closure': lambda how: out.append({'how': how}),
+        'default': lambda how, out=out: out.append({'how': how}),
+        'partial': found,
+        'object': Outputs(out),
+        'method': Outputs(out).method,
+        'method of the stream': lambda how, append=out.append: append({'how': how}),
+        'container': lambda how, outs=({'out': [out]},): outs[0]['out'][0].append({'how': how}),
+    }
+    stream = mb.stream('in', url=url)
+    stream.append({'v': 1})
+
+    def fn(window):
+        for how, way in ways.items():
+            way(how)
+
+    mb.make_emitter('in', fn, stream=stream, size=1, workers=1, executor=executor).run(blocking=False)
+    # Although so few do not fill a batch: the window is done, so they are stored.
+    stored = [data['how'] for doc in db.buffer.find({'stream': 'out'}) for data in doc.get('batch') or [doc['data']]]
+    assert stored == list(ways)
+    assert elsewhere.list_collection_names() == []
+    assert 'hush' not in str([list(db[name].find()) for name in db.list_collection_names()])
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith('minibatch')]
+    assert not any('hush' in said for said in ours)

@@ -11,7 +11,8 @@ from processes import started
 from servers import eventually
 
 import minibatch as mb
-from minibatch import clock, connection, ledger, store
+from minibatch import clock, connection, ledger, producer, store
+from minibatch.backlog import Limits
 from minibatch.connection import Target
 from minibatch.errors import WorkersError
 from minibatch.executors import InlineExecutor
@@ -243,6 +244,39 @@ def test_each_thread_of_a_worker_means_the_database_of_the_consumer_that_it_work
         two = threads.submit(sent(there, lambda window: connection.target().dbname)).result()
         go.set()
         assert [outcome.value for outcome in [*one.result(), *two]] == [target.dbname, 'another']
+
+
+def test_models_in_a_worker_mean_the_database_that_their_parent_opened_first(target, monkeypatch):
+    connection.disconnect()
+    mb.stream('s', url=target.url)
+    sent = pickle.dumps(Task(target, 's', Portable(lambda window: mb.Buffer.objects.count()), [work(1)], True))
+    connection.disconnect()  # as a worker begins
+    monkeypatch.setenv('MINIBATCH_MONGO_URL', 'mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=1')
+    assert [outcome.value for outcome in pickle.loads(sent)()] == [11]
+
+
+@pytest.mark.parametrize('remote', [True, False])
+def test_a_window_is_done_when_what_its_function_has_queued_is_stored(target, remote):
+    out = mb.stream('out', url=target.url, batchsize=100, linger=1000)
+    works = [work(1, ('a', 0, 5)), work(2, ('a', 5, 10))]
+    task = Task(target, 's', Portable(lambda window: out.append({'v': 1})), works, False)
+    task = pickle.loads(pickle.dumps(task)) if remote else task
+    assert [outcome.error for outcome in task()] == ['', '']
+    assert [doc.n for doc in out.buffer()] == [2]
+
+
+def test_windows_fail_if_what_their_functions_have_queued_cannot_be_stored(target, monkeypatch):
+    monkeypatch.setattr(producer, '_registry', {})  # else the process waits for it at its end
+    away = mb.Stream(name='away').bound_to(Target('mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=50', 'db'))
+    away._batchsize, away._limits = 100, Limits(timeout=0.1)
+
+    def fn(window):
+        away.append({'v': 1})
+        return 1 / (values(window)[0])
+
+    zero, five = do(target, fn, work(1, ('a', 0, 5)), work(2, ('a', 5, 10)))
+    assert 'ZeroDivisionError' in zero.error
+    assert ('UnconfirmedError' in five.error, five.by_function) == (True, False)
 
 
 def test_an_executor_of_ones_own_is_given_no_more_than_workers_says(url):

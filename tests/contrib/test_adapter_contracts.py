@@ -1,7 +1,9 @@
 """The sources and sinks of outside systems through the public contract suites, each on its real server."""
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import uuid
 from contextlib import closing
 
@@ -43,7 +45,19 @@ class TestKafkaSource(SourceContract):
         self.broker.send(self.topic, [json.dumps({'i': i}).encode() for i in numbers])
 
 
-class TestKafkaSink(SinkContract):
+class TravellingSinkContract(SinkContract):
+    """Of a sink that is also used in another process, as by a function that refers to it."""
+
+    def test_after_it_was_used_it_travels_and_delivers_from_there(self):
+        sink = self.make()
+        sink.put({'i': 1})
+        pickle.loads(pickle.dumps(sink)).put({'i': 2})
+        copy.copy(sink).put({'i': 3})
+        sink.put({'i': 4})
+        assert sorted(message['i'] for message in self.received()) == [1, 2, 3, 4]
+
+
+class TestKafkaSink(TravellingSinkContract):
     @pytest.fixture(autouse=True)
     def topic(self, kafka):
         self.broker, self.topic = kafka, f'topic-{uuid.uuid4().hex[:8]}'
@@ -95,7 +109,7 @@ class TestMQTTSourceQoS2(MQTTContract):
     qos, resumes = 2, True
 
 
-class TestMQTTSink(SinkContract):
+class TestMQTTSink(TravellingSinkContract):
     @pytest.fixture(autouse=True)
     def subscriber(self, mosquitto):
         self.broker, self.messages = mosquitto, []

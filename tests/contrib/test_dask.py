@@ -150,6 +150,18 @@ def test_an_address_is_all_a_consumer_needs(stream, address, client):
     nothing_left(client)
 
 
+def test_a_function_on_a_cluster_appends_to_the_stream_it_refers_to(stream, db, executor):
+    out = mb.stream('out', url=stream.target.url, batchsize=100, linger=1000)
+    mb.connectdb(stream.target.url.replace(db.name, f'{db.name}_unused'))
+    stream.append_many({'i': i} for i in range(20))
+    emitter = mb.make_emitter(
+        's', lambda window: out.append({'i': len(window)}), stream=stream, size=5, executor=executor
+    )
+    emitter.run(blocking=False)
+    assert sum(record.n for record in out.buffer()) == 4
+    assert f'{db.name}_unused' not in db.client.list_database_names()
+
+
 def test_a_client_says_where_the_scheduler_is_and_may_be_closed(address):
     with Client(address, set_as_default=False) as client:
         executor = DaskExecutor(client)

@@ -1,5 +1,6 @@
 """MongoSink on a real MongoDB."""
 
+import pickle
 import subprocess
 import sys
 import threading
@@ -14,9 +15,9 @@ from servers import Mongod, Proxy, eventually
 
 import minibatch as mb
 from minibatch.abc import BulkSink, ExactlyOnceSink, Sink
-from minibatch.contrib.mongodb import MongoSink
+from minibatch.contrib.mongodb import MongoReplicasetSource, MongoSink, MongoSource
 from minibatch.contrib.mongodb import sink as mongodb
-from minibatch.errors import ArgumentError, DataError, LeaseLostError
+from minibatch.errors import ArgumentError, DataError, LeaseLostError, PortabilityError
 
 WINDOW = 'numbers (+1.5)/default/7'
 
@@ -403,7 +404,7 @@ def test_more_documents_than_numbers_are_refused(db, once, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pymongo import MongoClient, monitoring
-from minibatch.contrib.mongodb import MongoSink
+from minibatch.contrib.mongodb import MongoReplicasetSource, MongoSink, MongoSource
 
 url, name, id, moment, command, target = sys.argv[1:]
 
@@ -559,3 +560,12 @@ def test_many_windows_of_another_server_are_written_by_id_and_again_without_harm
     for results in ([[{'a': 1}, {'a': 2}], {'a': 3}], [{'a': 1}, {'a': 3}]):
         assert sink.put_many(results, handles(2)) == 2
     assert [doc['a'] for doc in db.results.find().sort('_id', 1)] == [1, 3]
+
+
+@pytest.mark.parametrize('made', [MongoSink, MongoSource, MongoReplicasetSource])
+def test_what_holds_a_collection_is_refused_by_its_name_where_it_would_be_sent(url, db, made):
+    adapter = made(db.results)
+    with pytest.raises(PortabilityError, match=f'^{made.__name__} holds a collection'):
+        pickle.dumps(adapter)
+    with pytest.raises(PortabilityError, match=rf"its variable 'adapter' \({made.__name__}\) .* {made.__name__} holds"):
+        mb.streaming('s', lambda window: adapter, size=1, url=url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 from kafka.errors import KafkaError
@@ -65,7 +66,11 @@ def coder(configs: dict[str, Any], name: str, default: Any) -> Coder:
         return coder
     if not callable(given):
         raise ArgumentError(f'{name} must be a function, or have a method {method}, not {given!r}')
-    return lambda topic, headers, data: given(data)
+    return partial(_of_data, given)
+
+
+def _of_data(coder: Callable[[Any], Any], topic: str, headers: Any, data: Any) -> Any:
+    return coder(data)
 
 
 def opened(client: Any, urls: list[str], configs: dict[str, Any]) -> tuple[Any, Any]:

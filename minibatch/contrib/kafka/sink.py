@@ -92,6 +92,9 @@ class KafkaSink:
         self._patience = self._configs['delivery_timeout_ms'] / 1000 + 5  # then nothing is on its way any more
         self._producer: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), '_producer': None}  # a copy, or one in another process, has a connection of its own
+
     def put(self, messages: Any) -> None:
         """Send the result of one window.
 

@@ -29,7 +29,7 @@ from pymongo.errors import OperationFailure
 from minibatch.abc import SourceMessage
 from minibatch.errors import ArgumentError, ServerError
 
-from .documents import PAGE_BYTES, RAW, check_name, check_size, digest, message, raw_collection, reached
+from .documents import PAGE_BYTES, RAW, Anchored, check_name, check_size, digest, message, raw_collection, reached
 
 if TYPE_CHECKING:
     from minibatch import Stream
@@ -56,7 +56,7 @@ SNAPSHOT_LOST = {
 UPDATES = ['update', 'replace']
 
 
-class MongoReplicasetSource:
+class MongoReplicasetSource(Anchored):
     """A source that follows the changes of a collection on a replica set, as they happen.
 
     Every insert becomes a message: the document, as it was inserted. With ``updates=True`` and ``deletes=True`` so do

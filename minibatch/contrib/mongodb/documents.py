@@ -1,11 +1,11 @@
-"""What both sources do with a document: they pass it on as it is stored, byte by byte."""
+"""What sources and sink have in common; both sources pass a document on as it is stored, byte by byte."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NoReturn
 
 import bson
 from bson.codec_options import CodecOptions, DatetimeConversion
@@ -16,7 +16,7 @@ from pymongo.errors import ConnectionFailure
 from pymongo.read_concern import ReadConcern
 
 from minibatch.abc import SourceMessage
-from minibatch.errors import ArgumentError, UnreachableError
+from minibatch.errors import ArgumentError, PortabilityError, UnreachableError
 
 MAX_MESSAGES = 10_000  # in one append
 PAGE_BYTES = 16 << 20
@@ -34,6 +34,16 @@ def raw_collection(collection: Any) -> Collection[RawBSONDocument]:
     if not isinstance(collection, Collection):
         raise ArgumentError(f'collection must be a pymongo collection, not {type(collection).__name__}')
     return collection.with_options(codec_options=RAW, read_concern=ReadConcern('majority'))
+
+
+class Anchored:
+    """What holds a collection, and so the client of it, which is for one process."""
+
+    def __reduce__(self) -> NoReturn:
+        raise PortabilityError(
+            f'{type(self).__name__} holds a collection, whose client belongs to this process, so it cannot be copied '
+            f'or sent to another; make it there'
+        )
 
 
 def check_size(size: Any) -> int:

@@ -31,7 +31,7 @@ from pymongo.errors import OperationFailure
 
 from minibatch.errors import ArgumentError
 
-from .documents import PAGE_BYTES, check_name, check_size, digest, message, raw_collection, reached
+from .documents import PAGE_BYTES, Anchored, check_name, check_size, digest, message, raw_collection, reached
 from .ids import KINDS, TIMED, Bound, below, kind_of, place_of, value_at
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ UNFIT = ['null', 'undefined', 'array', 'regex', 'javascript', 'javascriptWithSco
          'minKey', 'maxKey']  # fmt: skip
 
 
-class MongoSource:
+class MongoSource(Anchored):
     """A source that polls a collection, of any MongoDB, for documents beyond those it has brought.
 
     Each document becomes a message, as it is stored, in the order of ``idcol``, from the first one on. The source goes

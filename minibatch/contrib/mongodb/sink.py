@@ -18,7 +18,7 @@ from pymongo.read_concern import ReadConcern
 from minibatch.abc import WindowCommit
 from minibatch.errors import ArgumentError, DataError
 
-from .documents import RAW
+from .documents import RAW, Anchored
 
 DUPLICATE_KEY = 11000
 MAX_LOOKED_UP = 500  # documents, in one query
@@ -27,7 +27,7 @@ MAX_WINDOWS = 200  # in one write, or transaction
 MAX_TOGETHER = 10_000  # documents, of several windows
 
 
-class MongoSink:
+class MongoSink(Anchored):
     """A sink that writes the result of each window into a collection, of any MongoDB.
 
     A mapping becomes one document, a list (or other iterable) of mappings one document each, an empty list none.

@@ -71,6 +71,9 @@ class MQTTSink:
     def __repr__(self) -> str:
         return f'<MQTTSink {self._broker} {self._topic}>'
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), '_client': None}  # a copy, or one in another process, has a connection of its own
+
     def put(self, messages: Any) -> None:
         """Publish the result of one window, and return when the broker has it.
 
