@@ -17,6 +17,7 @@ import pytest
 from bson import ObjectId
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import OffsetOutOfRangeError
+from kafka.record.default_records import DefaultRecordBatchBuilder
 from kafka.serializer import JsonSerializer
 from processes import FAULTS, Row, is_stopped, running
 from servers import eventually, free_port
@@ -163,6 +164,39 @@ def test_what_cannot_be_decoded_or_stored_is_a_dead_letter_and_the_others_arrive
         arrived(db, len(bad) + 1)
     assert len(datas(db, 'test.dead_letters')) == len(bad) + 1
     FAULTS.append(Row('kafka: malformed messages', len(mixed) + 1, 0))
+
+
+class NoText(str):
+    """A text that another client would have sent as bytes."""
+
+    def encode(self, *args):
+        return b'\xff'
+
+
+def test_what_the_client_of_kafka_cannot_decode_is_a_dead_letter_with_its_place(
+    broker, topic, stream, db, monkeypatch
+):
+    broker.send(topic, numbers(0))
+    broker.send(topic, numbers(1), headers=[(NoText('name'), b'')])
+    build = DefaultRecordBatchBuilder.build
+    with monkeypatch.context() as patch:
+        patch.setattr(DefaultRecordBatchBuilder, 'build', lambda self: build(self)[:-1] + b'?')
+        broker.send(topic, numbers(2))
+    broker.send(topic, numbers(3))
+    with attached(stream, source(broker, topic)):
+        arrived(db, 2)
+        (header, place), (checksum, also) = arrived(db, 2, 'test.dead_letters')
+    assert datas(db) == [{'i': 0}, {'i': 3}]
+    places = [(each['topic'], each['partition'], each['offset']) for each in (place, also)]
+    assert places == [(topic, 0, 1), (topic, 0, 2)]
+    assert f'message 1 of {topic}/0: ' in header['error']
+    assert "'utf-8'" in header['error']
+    assert checksum['error'] == f'message 2 of {topic}/0: its checksum is wrong'
+    assert b'{"i": 1}' in header['data']
+    with attached(stream, source(broker, topic)):
+        broker.send(topic, numbers(4))
+        arrived(db, 3)
+    assert len(datas(db, 'test.dead_letters')) == 2
 
 
 @pytest.mark.parametrize('value', [lambda raw: json.loads(raw), JsonSerializer()], ids=['function', 'Deserializer'])

@@ -21,6 +21,7 @@ from minibatch.abc import SourceMessage
 from minibatch.errors import ArgumentError, OvertakenError
 
 from .client import checked_configs, checked_topic, checked_urls, coder, opened
+from .records import Undecodable, made_tolerant
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ class KafkaSource:
 
     Key and header values are text where they are UTF-8, else bytes; None where there is none. The timestamp is aware,
     in UTC; None where Kafka has none. A message that cannot be decoded goes to the stream ``<stream>.dead_letters``,
-    with its bytes.
+    with its bytes: its value if that is no JSON; the whole record, or batch of records, if that is broken (a wrong
+    checksum, an unknown compression, a header whose name is no UTF-8). Its error and its meta say where it was.
 
     **Where it goes on**: the offset to read next is stored in MongoDB by the same write as the messages, for each
     partition. From there a new run goes on, and a partition that Kafka gives to this process. So a kill -9 at any
@@ -145,7 +147,7 @@ class KafkaSource:
         configs = {**self._configs, 'auto_offset_reset': 'none', 'enable_auto_commit': False}
         consumer, client = opened(KafkaConsumer, self._urls, configs)
         logger.info('reading from Kafka at %s', ', '.join(self._urls))
-        return _Connected(consumer, client.cluster, ','.join(sorted(self._urls)))
+        return _Connected(made_tolerant(consumer), client.cluster, ','.join(sorted(self._urls)))
 
     def _decode(self, record: Any) -> SourceMessage:
         """A Kafka message as it is appended; one that cannot be decoded says why."""
@@ -154,6 +156,11 @@ class KafkaSource:
             'topic': record.topic, 'partition': record.partition, 'offset': record.offset, 'key': record.key,
             'timestamp': _time(record.timestamp), 'headers': headers,
         }  # fmt: skip
+        if isinstance(record.value, Undecodable):
+            first, raw = record.value.first, bytes(record.value)
+            which = f'message {first}' if first == record.offset else f'messages {first} to {record.offset}'
+            why = f'{which} of {record.topic}/{record.partition}: {record.value.why}'
+            return SourceMessage(raw, meta, record.offset + 1, why)
         try:
             meta['key'] = self._key(record.topic, record.headers, record.key) if record.key is not None else None
             data = self._value(record.topic, record.headers, record.value) if record.value is not None else None
