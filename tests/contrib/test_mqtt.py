@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import socket
 import subprocess
 import threading
 from contextlib import closing, contextmanager
@@ -12,6 +13,7 @@ from datetime import datetime
 import pytest
 from paho.mqtt import client as paho
 from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from servers import eventually, free_port
 from servers_mqtt import Mosquitto, certificates, numbers, publish
@@ -111,6 +113,71 @@ def test_messages_are_stored_in_order(broker, stream, db, qos, protocol):
     assert stored(db) == [
         {'topic': 'test/0', 'payload': {'source': 0, 'seq': i}, 'qos': qos, 'retain': False} for i in range(2000)
     ]
+
+
+OVERLAPPING = [
+    (['plant/#', 'plant/+/alarm'], ['plant/1/alarm', 'plant/1', 'plant/2']),
+    (['plant/+', '+/1'], ['plant/1', 'plant/2', 'office/1']),
+]
+
+
+@pytest.mark.parametrize(('topics', 'wanted'), OVERLAPPING)
+@pytest.mark.parametrize('protocol', ['3.1.1', '5'])
+def test_a_message_that_matches_several_topics_comes_once(tmp_path, stream, db, protocol, topics, wanted):
+    sent = ['plant/1/alarm', 'plant/1', 'office/2', 'plant/2', 'office/1']
+    with Mosquitto(tmp_path, 'allow_duplicate_messages true') as broker:
+        publish(broker.url, [(sent[1], b'0', 1)], retain=True)
+        source = MQTTSource(broker.url, topics, qos=2, protocol=protocol, client_id='once')
+        with receiving(source, stream, broker):
+            publish(broker.url, [(topic, b'%d' % i, 2) for i in (1, 2) for topic in sent])
+            publish(broker.url, [(wanted[0], b'"end"', 2)])
+            eventually(lambda: any(message['payload'] == 'end' for message in stored(db)))
+    expected = [topic for topic in sent if topic in wanted]
+    assert [message['topic'] for message in stored(db)] == [sent[1], *expected, *expected, wanted[0]]
+
+
+def test_topics_of_an_earlier_run_that_overlap_are_subscribed_no_more(tmp_path, stream, db):
+    with Mosquitto(tmp_path, 'allow_duplicate_messages true') as broker:
+        for topics, sign in (['plant/+/alarm'], 'SUBACK'), (['plant/#', 'plant/+/alarm'], 'UNSUBACK'):
+            with receiving(MQTTSource(broker.url, topics, qos=2, client_id='once'), stream, broker, f'Sending {sign}'):
+                publish(broker.url, [('plant/1/alarm', b'1', 2), ('plant/1/alarm', b'2', 2)])
+                eventually(lambda: stored(db)[-1:] and stored(db)[-1]['payload'] == 2)
+        assert [message['payload'] for message in stored(db)] == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize('qos', [0, 1, 2])
+def test_properties_that_the_client_of_mqtt_cannot_read_do_no_harm(broker, stream, db, qos):
+    properties = Properties(PacketTypes.PUBLISH)
+    properties.UserProperty = ('text', '\ufeffwith the mark that Windows puts before it')
+    with receiving(MQTTSource(broker.url, 'test', qos=qos, protocol='5', client_id='reader'), stream, broker):
+        client = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
+        client.connect('127.0.0.1', broker.port)
+        client.loop_start()
+        client.publish('test', b'{"i": 1}', 2, properties=properties).wait_for_publish(10)
+        client.publish('test', b'{"i": 2}', 2).wait_for_publish(10)
+        client.disconnect()
+        client.loop_stop()
+        eventually(lambda: len(stored(db)) == 2)
+    assert [message['payload'] for message in stored(db)] == [{'i': 1}, {'i': 2}]
+
+
+def test_a_topic_that_is_no_utf8_is_a_dead_letter(stream, db):
+    """No broker that is at hand lets one through."""
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        source = MQTTSource(f'mqtt://127.0.0.1:{listener.getsockname()[1]}', '#')
+        stream.attach(source)
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.recv(1000)[0] == paho.CONNECT
+            connection.sendall(bytes([paho.CONNACK, 2, 0, 0]))
+            connection.sendall(bytes([paho.PUBLISH, 5, 0, 1]) + b'\xff{}')
+            connection.sendall(bytes([paho.PUBLISH, 5, 0, 1]) + b'a{}')
+            eventually(lambda: stored(db) and stored(db, 'test.dead_letters'))
+            stream.stop()
+    assert [message['topic'] for message in stored(db)] == ['a']
+    letter, = stored(db, 'test.dead_letters')
+    assert letter['error'].startswith('the topic is not UTF-8: ')
+    assert letter['data'] == {'topic': '\\xff', 'payload': b'{}', 'qos': 0, 'retain': False}
 
 
 @pytest.mark.parametrize(('topics', 'expected'), [

@@ -33,6 +33,7 @@ from .subscriber import (
     holds_receipts_back,
     topic_of,
 )
+from .topics import subscriptions
 
 if TYPE_CHECKING:
     from minibatch import Stream
@@ -49,7 +50,12 @@ class MQTTSource:
     """A source that subscribes to topics of an MQTT broker.
 
     A message of the stream is ``{'topic': str, 'payload': ..., 'qos': 0, 1 or 2, 'retain': bool}``, where the payload
-    is what the JSON of the MQTT message says. What is no JSON goes to the stream ``<stream>.dead_letters``.
+    is what the JSON of the MQTT message says. What is no JSON, or has a topic that is no UTF-8, goes to the stream
+    ``<stream>.dead_letters``. Properties of protocol 5 are not brought.
+
+    Topics may overlap, as ``plant/#`` and ``plant/+/alarm``: each message comes once all the same. Where none matches
+    all that the other does, as with ``a/+`` and ``+/b``, the narrowest topic that covers both is subscribed (``+/+``),
+    and what only that matches is dropped here; a warning says so.
 
     The broker is told that a message has arrived when it is stored in the stream, not before. What may be lost or come
     twice then depends on the quality of service (the lower of the publisher's and of ``qos=``), and on whether there is
@@ -91,7 +97,8 @@ class MQTTSource:
     Args:
         url: ``'mqtt://user:password@host:1883'``, or ``mqtts://`` for TLS (port 8883); 'localhost' and 'host:port' will
             do. Special characters of user and password are percent-encoded.
-        topic: the topic, or a list of topics, with the wildcards ``+`` (one level) and ``#`` (all below).
+        topic: the topic, or a list of topics, with the wildcards ``+`` (one level) and ``#`` (all below). A shared
+            one (``$share/name/topic``) may not overlap with one that is not.
         qos: the highest quality of service at which messages are taken: 0, 1 or 2.
         payload: 'json'; 'text', which must be UTF-8; or 'raw', bytes.
         client_id: a name for this client at the broker, to have a session there; it must be the same at each start, and
@@ -135,6 +142,7 @@ class MQTTSource:
             raise ArgumentError(f'topic must be a topic or a list of topics, not {topic!r}')
         for each in self._topics:
             check_topic(each, wildcards=True)
+        self._subscriptions = subscriptions(self._topics)
         self._qos = check_qos(qos)
         if qos == 2 and not holds_receipts_back():
             raise ArgumentError(
@@ -188,23 +196,39 @@ class MQTTSource:
         self._cancelled.set()
 
     def _subscribe(self, client: Subscriber) -> None:
+        topics = [each.topic for each in self._subscriptions]
         if self._broker.protocol == mqtt.MQTTv5:  # a topic that is subscribed already brings no retained messages again
             options = SubscribeOptions(self._qos, retainHandling=SubscribeOptions.RETAIN_SEND_IF_NEW_SUB)
-            client.subscribe([(topic, options) for topic in self._topics])
+            client.subscribe([(topic, options) for topic in topics])
         else:
-            client.subscribe([(topic, self._qos) for topic in self._topics])
+            client.subscribe([(topic, self._qos) for topic in topics])
+        if self._session and (covered := [topic for topic in self._topics if topic not in topics]):
+            client.unsubscribe(covered)  # an earlier run may have subscribed them
 
     def _check_subscription(self, codes: Sequence[ReasonCode]) -> None:
-        for topic, code in zip(self._topics, codes, strict=True):
+        for (topic, wanted), code in zip(self._subscriptions, codes, strict=True):
             if code.is_failure:
                 raise ConnectionRefusedError(f'{self._broker} refused the subscription to {topic!r}: {code}')
             if code.value < self._qos:
                 logger.warning('%s sends %r with QoS %d at most', self._broker, topic, code.value)
+            if topic not in wanted:
+                logger.warning(
+                    '%s overlap: so that each message comes once, %r is subscribed, and what they do not match dropped',
+                    ', '.join(map(repr, wanted)), topic,
+                )  # fmt: skip
         self.subscribed.set()
+
+    def _wants(self, message: mqtt.MQTTMessage) -> bool:
+        topic = topic_of(message)
+        return not any(each.is_superfluous(topic) for each in self._subscriptions if each.topic not in each.wanted)
 
     def _decode(self, message: mqtt.MQTTMessage) -> SourceMessage:
         payload = bytes(message.payload)
         data = {'topic': topic_of(message), 'payload': payload, 'qos': message.qos, 'retain': message.retain}
+        try:
+            message.topic  # noqa: B018
+        except UnicodeDecodeError as exc:
+            return SourceMessage(data, error=f'the topic is not UTF-8: {exc}')
         try:
             return SourceMessage({**data, 'payload': PAYLOADS[self._payload](payload)})
         except (ValueError, RecursionError) as exc:
@@ -256,7 +280,7 @@ class _Reception:
         for event in events:
             if isinstance(event, Released):
                 self._stored.pop(event.mid, None)
-            elif self._is_new(event.message):
+            elif self._source._wants(event.message) and self._is_new(event.message):
                 message = self._source._decode(event.message)
                 (bad if message.error else good).append(message)
         messages, after = bad + good, _pack(self._stored)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from paho.mqtt import client as mqtt
+from paho.mqtt.properties import VariableByteIntegers
 from paho.mqtt.reasoncodes import ReasonCode
 
 from .broker import BATCH_MESSAGES, Client, refusal
@@ -185,7 +186,12 @@ class Subscriber(Client):
         return mqtt.MQTT_ERR_SUCCESS
 
     def _handle_publish(self) -> Any:
-        result = super()._handle_publish()
+        try:
+            result = super()._handle_publish()
+        except Exception:
+            # What paho cannot read are properties that nobody needs here. It would end, and again when they come again.
+            self._in_packet['packet'] = _without_properties(self._in_packet['packet'], self._in_packet['command'])
+            result = super()._handle_publish()
         while self._in_messages:
             _, message = self._in_messages.popitem()
             self._hand_over(message)
@@ -202,6 +208,13 @@ class Subscriber(Client):
 
     def _hand_connected(self, client: Any, data: Any, flags: Any, reason: Any, properties: Any) -> None:
         self._handover.put(Connected(flags.session_present, refusal(reason) if reason.is_failure else ''))
+
+
+def _without_properties(packet: Any, command: int) -> bytearray:
+    """A PUBLISH of protocol 5 with an empty list of properties."""
+    start = 2 + int.from_bytes(packet[:2], 'big') + (2 if command & 0b110 else 0)
+    size, length = VariableByteIntegers.decode(packet[start:])  # type: ignore[no-untyped-call]
+    return bytearray(packet[:start] + b'\0' + packet[start + length + size :])
 
 
 def topic_of(message: mqtt.MQTTMessage) -> str:
