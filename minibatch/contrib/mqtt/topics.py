@@ -6,6 +6,7 @@ messages that were published twice. So topics that overlap are subscribed as one
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from paho.mqtt.client import topic_matches_sub
 
 from minibatch.errors import ArgumentError
 
-SHARED = '$share'
+SHARED = re.compile(r'[$]share/([^/]+)/(.+)')  # name, topic
 
 
 class Subscription(NamedTuple):
@@ -74,8 +75,10 @@ def _cover(one: str, other: str) -> str:
 
 
 def _share_of(topic: str) -> str:
-    return topic.split('/')[1] if topic.startswith(f'{SHARED}/') and topic.count('/') > 1 else ''
+    found = SHARED.fullmatch(topic)
+    return found[1] if found else ''
 
 
 def _without_share(topic: str) -> str:
-    return topic.split('/', 2)[2] if _share_of(topic) else topic
+    found = SHARED.fullmatch(topic)
+    return found[2] if found else topic
