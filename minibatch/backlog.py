@@ -94,9 +94,14 @@ class Room:
 
     def __init__(self, count: Callable[[int], int]) -> None:
         self._count = count
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._backlog = 0
         self._counted = float('-inf')
+
+    @property
+    def counting(self) -> bool:
+        """Whether this very thread takes room, and was interrupted."""
+        return bool(self._lock._is_owned())  # type: ignore[attr-defined]
 
     def take(self, wanted: int, limits: Limits) -> int:
         """Take room for at most `wanted` messages; returns for how many there was."""

@@ -28,6 +28,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +42,7 @@ import psutil
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
-from minibatch.errors import DataFolderInUseError, EmbeddedServerError, NoMongodError
+from minibatch.errors import DataFolderInUseError, EmbeddedServerError, NoMongodError, ReentranceError
 
 if sys.platform != 'win32':
     import fcntl
@@ -50,6 +51,7 @@ log = logging.getLogger('minibatch.embedded')
 
 START_TIMEOUT = 120.0  # recovery of the journal after a crash is part of the start
 POLL = 0.01
+_holder = 0  # the thread of this process that starts or stops the server
 LOG_SIZE = 10_000_000
 SOCKET_NAME = 'mongodb-27017.sock'  # mongod's own default name: with any other it makes a second socket
 OURS = ('lock', 'state.json', 'data', 'mongod')  # how the names in the home begin
@@ -290,6 +292,9 @@ def _try_lock(descriptor: int, home: Path) -> bool:
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
     """One process (and thread) at a time may start or stop; the kernel frees the lock of a dead one."""
+    global _holder
+    if _holder == threading.get_ident():  # such as a handler of signals, which would wait for what it has interrupted
+        raise ReentranceError('The embedded MongoDB is being started or stopped by this very thread. Try again later.')
     descriptor = os.open(home / 'lock', os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + START_TIMEOUT
     try:
@@ -299,8 +304,10 @@ def _locked(home: Path) -> Iterator[None]:
                                           'to start or stop the server. Try again, or end that process.')
             time.sleep(POLL)
         try:
+            _holder = threading.get_ident()
             yield
         finally:
+            _holder = 0
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough if a child was forked meanwhile
     finally:
         os.close(descriptor)

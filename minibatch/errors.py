@@ -11,6 +11,7 @@
     ├── TooManyWindowsError
     ├── OvertakenError
     ├── CancelledError
+    ├── ReentranceError          (RuntimeError)
     ├── ServerError              (ConnectionError)
     │   ├── UnreachableError
     │   ├── EmbeddedServerError
@@ -76,10 +77,18 @@ class CancelledError(MinibatchError):
     """The source was cancelled while it waited to append; what is not stored is to be read again."""
 
 
+class ReentranceError(MinibatchError, RuntimeError):
+    """Called from within a call of the same kind, as by a handler of signals or logging, which would wait for itself.
+
+    Nothing of the inner call was done. Let such a handler note what it has, and append it later, or from a thread.
+    """
+
+
 class ServerError(MinibatchError, ConnectionError):
     """MongoDB did not answer as it must.
 
-    When an append raises it (or a subclass), `written` messages of that call are stored, and `queued` messages after
+    Whatever an append raises has `written` and `queued`, also what was raised by the iterable that it was given, and
+    the KeyboardInterrupt of Ctrl-C: `written` messages of that call are stored, and `queued` messages after
     those stay with the producer, which sends them again before any other. Nothing else of the call was or will be
     written. So this goes on with neither loss nor doubles, once the cause is gone::
 

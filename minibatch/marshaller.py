@@ -21,7 +21,7 @@ from .errors import PortabilityError, UnknownFunctionError
 MAX_LOADED = 32  # functions that a worker keeps; one that serves many consumers is sent others again
 
 _loaded: OrderedDict[str, Any] = OrderedDict()
-_lock = threading.Lock()
+_lock = threading.RLock()  # what is loaded may load another
 _loading: ContextVar[bool] = ContextVar('minibatch_loading', default=False)
 
 

@@ -367,6 +367,9 @@ class Stream(_Model):
             UnconfirmedError: MongoDB did not confirm in time. With ``exc.queued`` 1 the message is sent again before
                 the next one, and `flush` waits for it; with 0 nothing was written.
             ServerError: MongoDB refused it; `exc.queued` as above.
+            ReentranceError: a handler of signals or logging called it that had interrupted an append to this stream.
+
+        The KeyboardInterrupt of Ctrl-C has `written` and `queued`, too.
         """
         if self._batchsize > 1:
             self._producer.append_later(data, meta, self._batchsize, self._linger, self._limits)
@@ -385,8 +388,9 @@ class Stream(_Model):
             UnconfirmedError: MongoDB did not confirm in time.
             ServerError: MongoDB refused it.
 
-        Each has `written` and `queued`: ``items[:exc.written]`` are stored, so many more stay queued, and the rest was
-        not taken. With a list, this goes on once the cause is gone, and neither loses nor doubles a message::
+        Each has `written` and `queued`, also the KeyboardInterrupt of Ctrl-C, and what `items` itself raises, such as a
+        generator: ``items[:exc.written]`` are stored, so many more stay queued, and the rest was not taken. With a
+        list, this goes on once the cause is gone, and neither loses nor doubles a message::
 
             stream.flush()
             stream.append_many(items[exc.written + exc.queued:])
@@ -429,8 +433,8 @@ class Stream(_Model):
         parts = [[result] if isinstance(result, Mapping) else result for result in results]
         try:
             written = self._producer.append_many(chain.from_iterable(parts), self._limits)
-        except (DataError, ServerError) as exc:
-            written = exc.written
+        except Exception as exc:  # they are given one by one then, to see which is to blame
+            written = vars(exc)['written']
         return sum(1 for end in accumulate(map(len, parts)) if end <= written)
 
     def flush(self) -> None:

@@ -28,7 +28,7 @@ from .abc import SourceMessage
 from .backlog import Limits, Room, count_backlog
 from .connection import Target, is_passing, reason_of
 from .errors import ArgumentError, CancelledError, DataError, OvertakenError, PortabilityError, ServerError
-from .producer import INSERT_BYTES, MAX_MESSAGE_BYTES, RENEWED, cuts, encode_both, new_id, to_bson
+from .producer import INSERT_BYTES, MAX_MESSAGE_BYTES, RENEWED, cuts, encode_both, new_id, tell, to_bson
 
 logger = logging.getLogger(__name__)
 
@@ -88,24 +88,33 @@ class NamedProducer:
             OvertakenError: if another process has appended under this name; `token` says how far it is.
             CancelledError: if the source was cancelled while this waited.
             ServerError: if MongoDB refused it.
+
+        Whatever it raises has `written`, how many of those to be appended are stored for certain; `token` goes with
+        them. If it was interrupted, as by Ctrl-C, more may be stored; the next append finds out.
         """
-        good: list[_Encoded] = []
-        bad: list[SourceMessage] = []
-        message = None
-        for message in messages:
-            try:
-                if message.error:
-                    raise DataError(message.error)
-                good.append(_encoded(message.data, message.meta, message.token))
-            except DataError as exc:
-                bad.append(message._replace(error=str(exc)))
-        self._be_sure()
-        if bad:
-            self._set_aside(bad)
-        self._insert(good)
-        if message is not None and bad and message.token is not None and bad[-1].token == message.token:
-            self.save(message.token)
-        return len(good)
+        written = 0
+        try:
+            good: list[_Encoded] = []
+            bad: list[SourceMessage] = []
+            message = None
+            for message in messages:
+                try:
+                    if message.error:
+                        raise DataError(message.error)
+                    good.append(_encoded(message.data, message.meta, message.token))
+                except DataError as exc:
+                    bad.append(message._replace(error=str(exc)))
+            self._be_sure()
+            if bad:
+                self._set_aside(bad)
+            for count in self._insert(good):
+                written += count
+            if message is not None and bad and message.token is not None and bad[-1].token == message.token:
+                self.save(message.token)
+        except BaseException as exc:
+            tell(exc, written, 0)
+            raise
+        return written
 
     def save(self, token: Any) -> None:
         """Store a token without a message: all that the source has up to there is dealt with.
@@ -151,7 +160,8 @@ class NamedProducer:
 
     # --- writing
 
-    def _insert(self, messages: Sequence[_Encoded]) -> None:
+    def _insert(self, messages: Sequence[_Encoded]) -> Iterator[int]:
+        """Insert messages as there is room; yields how many are stored."""
         start = 0
         for _, end in _inserts(messages):
             while start < end:
@@ -160,6 +170,7 @@ class NamedProducer:
                 part = messages[start : start + room]
                 self._insert_at_once(part)
                 start += len(part)
+                yield len(part)
 
     def _insert_at_once(self, messages: Sequence[_Encoded]) -> None:
         offset, records = self._offset, []
@@ -228,7 +239,7 @@ class NamedProducer:
         new = [message for message in messages if not _is_behind(message.token, dead_letters.token)]
         if not new:
             return
-        dead_letters._insert([_dead_letter(message) for message in new])
+        list(dead_letters._insert([_dead_letter(message) for message in new]))
         self._rejected.say(
             'stream %r: %d messages of a source, such as one with %r, could not be appended; they are in the stream %r',
             self._stream, len(new), messages[0].error[:200], self._stream + DEAD_LETTERS,

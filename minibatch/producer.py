@@ -34,7 +34,7 @@ from pymongo.errors import PyMongoError
 from . import clock, store
 from .backlog import TIMEOUT, Limits, Room, count_backlog
 from .connection import Target, is_passing, masked, reason_of
-from .errors import BacklogFullError, DataError, ServerError, UnconfirmedError
+from .errors import BacklogFullError, DataError, MinibatchError, ReentranceError, ServerError, UnconfirmedError
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,13 @@ SAFE = {str, int, float, bool, type(None), bytes, datetime, uuid.UUID, ObjectId,
 RETRY_PAUSES = (0.1, 1.0)
 ROOM_PAUSES = (0.05, 0.5)
 THREAD_IDLE = 1.0
+WAIT = 1.0  # seconds after which who waits looks by itself
 RENEWED = 12 * 3600.0  # seconds; less than positions of idle producers are kept
 UNLIMITED = Limits()
 
 _registry: dict[tuple[Target, str], Producer] = {}
 _queued_on: ContextVar[dict[Producer, float] | None] = ContextVar('minibatch_queued_on', default=None)
-_registry_lock = threading.Lock()
+_registry_lock = threading.RLock()
 
 
 class Failure(NamedTuple):
@@ -74,6 +75,47 @@ class Failure(NamedTuple):
         error = self.kind('. '.join([self.reason, *(said or ['Nothing of this call was written'])]))
         error.written, error.queued = written, queued
         return error
+
+
+class HowFar:
+    """How far one append is: whatever ends it early, also Ctrl-C and what the caller's iterable raises, says so."""
+
+    def __init__(self) -> None:
+        self._before, self._entry = 0, Entry([], [], [])
+
+    def begin(self, entry: Entry) -> None:
+        """These messages are next."""
+        self._before, self._entry = self._before + self._entry.written, entry
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many messages are stored, and how many after those stay queued."""
+        entry, written = self._entry, self._entry.written  # once: another thread may write the rest at this moment
+        return self._before + written, len(entry.datas) - written if entry.stays else 0
+
+    def __enter__(self) -> HowFar:
+        return self
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        if exc is not None:
+            written, queued = self.counts
+            tell(exc, written, queued)
+            if (written or queued) and not isinstance(exc, MinibatchError) and hasattr(exc, 'add_note'):
+                exc.add_note(f'Of this append the first {written:,} messages are stored, and {queued:,} stay queued')
+
+
+def tell(exc: BaseException, written: int, queued: int) -> None:
+    """Say on an exception of any kind how far an append was."""
+    vars(exc).update(written=written, queued=queued)
+
+
+class Sent(NamedTuple):
+    """A record batch in flight: of which entry, up to which of its messages, and up to which offset."""
+
+    entry: Entry
+    record: RawBSONDocument
+    end: int
+    offset: int
 
 
 class Entry:
@@ -108,9 +150,9 @@ class Producer:
         self._condition = threading.Condition(self._lock)
         self.inherited = False  # by a forked child, which has producers of its own
         self._queue: deque[Entry] = deque()
-        self._in_flight: list[tuple[Entry, RawBSONDocument, int]] = []
+        self._in_flight: list[Sent] = []
         self._unclear = False  # whether an attempt at what is in flight may have been applied without our knowing
-        self._writing = False
+        self._writing = 0  # the thread that does
         self._partial: Entry | None = None
         self._partial_due = 0.0
         self._behind: Entry | None = None  # the last record batch that was full
@@ -119,9 +161,10 @@ class Producer:
 
     def append(self, data: Any, meta: Any = None, limits: Limits = UNLIMITED) -> None:
         """Append one message and return when it is acknowledged."""
-        raw, frozen = encode_both(data, meta)
-        self._take_room(1, limits)
-        self._deliver(Entry([raw], [clock.now()], [frozen]), limits.timeout)
+        with HowFar() as far:
+            raw, frozen = encode_both(data, meta)
+            self._take_room(1, limits, far)
+            self._deliver(Entry([raw], [clock.now()], [frozen]), limits.timeout, far)
 
     def append_later(
         self, data: Any, meta: Any, batchsize: int, linger: float, limits: Limits = UNLIMITED
@@ -130,58 +173,69 @@ class Producer:
 
         It is written while the next one is filled. The append that fills that one waits for it.
         """
-        raw, frozen = encode_both(data, meta)
-        if limits.max_backlog is not None:
-            self._take_room(1, limits)
-        if (queued_on := _queued_on.get()) is not None:
-            queued_on[self] = limits.timeout
-        with self._lock:
-            partial = self._partial
-            if partial is None:
-                partial = self._partial = Entry([], [], [], stays=True)
-                self._partial_due = time.monotonic() + linger
-                self._start_thread()
-            datas = partial.datas
-            datas.append(raw)
-            partial.times.append(clock.now())
-            partial.meta.append(frozen)
-            full = len(datas) >= batchsize
-        if full and (failure := self._write_behind(limits.timeout)):
-            raise failure.error(written=0, queued=1)
+        partial, at = None, store.MAX_BATCH
+        try:
+            raw, frozen = encode_both(data, meta)
+            if limits.max_backlog is not None:
+                self._take_room(1, limits, HowFar())
+            if (queued_on := _queued_on.get()) is not None:
+                queued_on[self] = limits.timeout
+            self._refuse_reentrance()
+            with self._lock:
+                partial = self._partial
+                if partial is None:
+                    partial = self._partial = Entry([], [], [], stays=True)
+                    self._partial_due = time.monotonic() + linger
+                    self._start_thread()
+                at = len(partial.datas)
+                # Side by side, whenever Ctrl-C comes. The message is appended when its data is.
+                partial.times[at:] = (clock.now(),)
+                partial.meta[at:] = (frozen,)
+                partial.datas.append(raw)
+            if at + 1 >= batchsize and (failure := self._write_behind(limits.timeout)):
+                raise failure.error(written=0, queued=1)
+        except BaseException as exc:
+            tell(exc, 0, int(partial is not None and len(partial.datas) > at))
+            raise
 
     def append_each(self, messages: Iterable[tuple[Any, Any]], limits: Limits = UNLIMITED) -> None:
         """Append messages, each with its meta, as record batches; they are acknowledged when this returns."""
-        pairs = [encode_both(data, meta) for data, meta in messages]
-        self._append_all([raw for raw, _ in pairs], [frozen for _, frozen in pairs], limits, written=0)
+        with HowFar() as far:
+            pairs = [encode_both(data, meta) for data, meta in messages]
+            self._append_all([raw for raw, _ in pairs], [frozen for _, frozen in pairs], limits, far)
 
     def append_many(self, items: Iterable[Any], limits: Limits = UNLIMITED) -> int:
         """Append messages as record batches; returns how many when all are acknowledged."""
-        written = 0
-        for datas in _checked(items):
-            self._append_all(datas, [None] * len(datas), limits, written)
-            written += len(datas)
-        return written
+        with HowFar() as far:
+            for datas in _checked(items):
+                self._append_all(datas, [None] * len(datas), limits, far)
+        return far.counts[0]
 
     def _append_all(
-        self, datas: list[bytes], meta: list[RawBSONDocument | None], limits: Limits, written: int
+        self, datas: list[bytes], meta: list[RawBSONDocument | None], limits: Limits, far: HowFar
     ) -> None:
-        """Append encoded messages as there is room for them; `written` of the same call are stored."""
+        """Append encoded messages as there is room for them."""
         start = 0
         while start < len(datas):
             wanted = len(datas) if limits.max_backlog is None else min(RECORD_MESSAGES, len(datas) - start)
-            end = start + self._take_room(wanted, limits, written + start)
+            end = start + self._take_room(wanted, limits, far)
             part = datas[start:end]
-            self._deliver(Entry(part, [clock.now()] * len(part), meta[start:end]), limits.timeout, written + start)
+            self._deliver(Entry(part, [clock.now()] * len(part), meta[start:end]), limits.timeout, far)
             start = end
 
     def flush(self, timeout: float = TIMEOUT) -> None:
         """Write all that is queued, and return when it is acknowledged."""
-        failure = self._flush(timeout)
+        try:
+            failure = self._flush(timeout)
+        except BaseException as exc:  # such as Ctrl-C
+            tell(exc, 0, self._count_unwritten())
+            raise
         queued = self._count_unwritten() if failure else 0
         if failure and queued:  # else it was of an append that says so itself
             raise failure.error(written=0, queued=queued)
 
     def _flush(self, timeout: float) -> Failure | None:
+        self._refuse_reentrance()
         with self._lock:
             self._seal_partial()
             unwritten = self._unwritten()
@@ -199,19 +253,20 @@ class Producer:
             return None
         return self._flush(timeout) if before.failure else self._await(before, timeout)
 
-    def _take_room(self, wanted: int, limits: Limits, written: int = 0) -> int:
-        """Take room for 1 to `wanted` messages, or raise `BacklogFullError`; `written` is for the error."""
+    def _take_room(self, wanted: int, limits: Limits, far: HowFar) -> int:
+        """Take room for 1 to `wanted` messages, or raise `BacklogFullError`."""
+        self._refuse_reentrance()
         deadline = time.monotonic() + limits.timeout
         pause, longest = ROOM_PAUSES
         while not (taken := self._room.take(wanted, limits)):
             # A consumer that waits for what is not written yet would wait for ever.
             if self._partial is not None and (failure := self._flush(limits.timeout)):
-                raise failure.error(written, queued=0)
+                raise failure.error(far.counts[0], queued=0)
             left = deadline - time.monotonic()
             waits = limits.on_full != 'raise'
             if not waits or left <= 0:
                 full = self._room.describe(self.stream, limits, waited=waits)
-                raise Failure(BacklogFullError, full).error(written, queued=0)
+                raise Failure(BacklogFullError, full).error(far.counts[0], queued=0)
             time.sleep(min(pause, left))
             pause = min(pause * 1.5, longest)
         return taken
@@ -225,43 +280,61 @@ class Producer:
             partial = [self._partial] if self._partial is not None else []
             return sum(entry.left for entry in [*self._unwritten(), *partial])
 
-    def _deliver(self, entry: Entry, timeout: float, before: int = 0) -> None:
-        """Return when `entry` is acknowledged; `before` messages of the same call are stored."""
-        with self._lock:
-            self._seal_partial()
-            self._queue.append(entry)
-        if failure := self._await(entry, timeout):
-            written = entry.written  # once: another thread may write the rest at this moment
-            raise failure.error(before + written, len(entry.datas) - written if entry.stays else 0)
+    def _deliver(self, entry: Entry, timeout: float, far: HowFar) -> None:
+        """Return when `entry` is acknowledged."""
+        far.begin(entry)
+        try:
+            with self._lock:
+                self._seal_partial()
+                self._queue.append(entry)
+            failure = self._await(entry, timeout)
+        except BaseException:  # such as Ctrl-C
+            with self._lock:
+                self._give_up(entry, 'it was interrupted')
+            raise
+        if failure:
+            raise failure.error(*far.counts)
+
+    def _refuse_reentrance(self) -> None:
+        """A handler of signals or logging must not wait for the append that it has interrupted, nor come between."""
+        if self._writing == threading.get_ident() or self._lock._is_owned() or self._room.counting:  # type: ignore[attr-defined]
+            raise ReentranceError(
+                f'stream {self.stream!r} is being appended to by this very thread, which this call, such as that of a '
+                f'handler of signals or logging, has interrupted; nothing of it was written. Append from there to '
+                f'another stream, from another thread, or later'
+            )
 
     def _seal_partial(self) -> None:
         if self._partial is not None:
-            self._queue.append(self._partial)
+            if self._partial not in self._queue:  # else Ctrl-C came between these two lines
+                self._queue.append(self._partial)
             self._partial = None
 
     def _await(self, entry: Entry, timeout: float) -> Failure | None:
         """Return when `entry` is acknowledged, written by another thread or else by this one, or why it is not."""
-        deadline = time.monotonic() + timeout
+        deadline, me = time.monotonic() + timeout, threading.get_ident()
         while True:
-            with self._lock:
-                while self._writing and not entry.settled:
-                    if not self._condition.wait(deadline - time.monotonic()) and not entry.settled:
-                        self._give_up(entry, 'it waited for an append before it')
-                if entry.settled:
-                    return entry.failure  # under the lock: flush() resets it to try again
-                self._writing = True
             try:
+                with self._lock:
+                    while self._writing and not entry.settled:
+                        self._condition.wait(min(deadline - time.monotonic(), WAIT))
+                        if time.monotonic() > deadline and self._writing and not entry.settled:
+                            self._give_up(entry, 'it waited for an append before it')
+                    if entry.settled:
+                        return entry.failure  # under the lock: flush() resets it to try again
+                    self._writing = me
                 self._write(entry, deadline)
             finally:
+                if self._writing == me:
+                    self._writing = 0  # first, and without a call: so no second Ctrl-C comes before it
                 with self._lock:
-                    self._writing = False
                     self._condition.notify_all()
 
     def _write(self, entry: Entry, deadline: float) -> None:
         """Insert what is in flight, or else the next of the queue; tell each entry what became of it."""
         if not self._in_flight:
             with self._lock:
-                self._in_flight = self._cut_records()
+                self._cut_records()
         try:
             written, refusal = self._insert_until(deadline)
         except PyMongoError as exc:
@@ -278,7 +351,7 @@ class Producer:
 
     def _insert_until(self, deadline: float) -> tuple[int, str]:
         buffer = self.target.db.buffer
-        records: list[Any] = [record for _, record, _ in self._in_flight]
+        records: list[Any] = [sent.record for sent in self._in_flight]
         if self.target.is_mock:
             records = [bson.decode(record.raw) for record in records]
         pause, longest = RETRY_PAUSES
@@ -296,14 +369,17 @@ class Producer:
                 logger.warning('append to %r not confirmed, trying again: %s', self.stream, reason_of(exc))
                 time.sleep(max(min(pause, deadline - time.monotonic()), 0))
                 pause = min(pause * 1.5, longest)
+            except BaseException:
+                self._unclear = True
+                raise
 
-    def _cut_records(self) -> list[tuple[Entry, RawBSONDocument, int]]:
+    def _cut_records(self) -> None:
         """Take entries off the queue, as many as one insert should carry, and give them their offsets."""
         now = time.time()
         if now - self._used > RENEWED:  # groups may have forgotten how far they are in the log of this one
             self.id, self._offset = new_id(), 0
         self._used = now
-        records: list[tuple[Entry, RawBSONDocument, int]] = []
+        sent: list[Sent] = []
         size, offset, taken = 0, self._offset, 0
         for entry in self._queue:
             if size >= INSERT_BYTES:
@@ -313,20 +389,19 @@ class Producer:
                 record = store.record_batch(
                     self.stream, self.id, offset, entry.datas[part], entry.times[part], entry.meta[part]
                 )
-                records.append((entry, record, end - start))
                 offset += end - start
                 size += length
+                sent.append(Sent(entry, record, end, offset))
             taken += 1
+        self._in_flight = sent  # first: interrupted after it, an entry is in both, and not in none
         for _ in range(taken):
             self._queue.popleft()
-        return records
 
     def _settle(self, count: int) -> None:
-        """The first `count` record batches in flight are in MongoDB."""
+        """The first `count` record batches in flight are in MongoDB; interrupted, this can be done again."""
         with self._lock:
-            for entry, _, n in self._in_flight[:count]:
-                self._offset += n
-                entry.written += n
+            for sent in self._in_flight[:count]:
+                sent.entry.written, self._offset = sent.end, sent.offset
             self._in_flight = self._in_flight[count:]
             self._unclear = self._unclear and bool(self._in_flight)
 
@@ -351,19 +426,19 @@ class Producer:
 
     def _give_up(self, entry: Entry, why: str) -> None:
         """Its time is over. If it is in flight, it may be stored, or be stored later: it stays there."""
-        if entry in self._queue and not entry.stays:
-            self._queue.remove(entry)
-        else:
+        if entry in self._entries_in_flight():
             entry.stays = True
+        elif not entry.stays and entry in self._queue:
+            self._queue.remove(entry)
         entry.failure = Failure(
             UnconfirmedError, f'{masked(self.target.url)} did not confirm an append in time ({why})'
         )
 
     def _unwritten(self) -> list[Entry]:
-        return [*self._entries_in_flight(), *self._queue]
+        return list(dict.fromkeys([*self._entries_in_flight(), *self._queue]))
 
     def _entries_in_flight(self) -> list[Entry]:
-        return list({id(entry): entry for entry, _, _ in self._in_flight}.values())
+        return list(dict.fromkeys(sent.entry for sent in self._in_flight))
 
     def _start_thread(self) -> None:
         if self._thread is None:
@@ -415,7 +490,7 @@ def producer_of(target: Target, stream: str) -> Producer:
             if not _registry:
                 # Children of multiprocessing end without atexit, but run these.
                 Finalize(None, flush_all, exitpriority=100)
-            _registry[key] = Producer(target, stream)
+            _registry.setdefault(key, Producer(target, stream))  # a handler of signals may have come between
         return _registry[key]
 
 
@@ -513,9 +588,7 @@ def _checked(items: Iterable[Any]) -> Iterator[list[bytes]]:
             datas.append(encode(item))
         except DataError as exc:
             so_far = f'; items[:{done}] are stored' if done else ''
-            wrong = DataError(f'items[{i}]: {exc}{so_far}')
-            wrong.written = done
-            raise wrong from None
+            raise DataError(f'items[{i}]: {exc}{so_far}') from None
         size += len(datas[-1])
         if size > CHECKED_BYTES:
             yield datas
@@ -607,7 +680,7 @@ def _find_key(value: Any, wanted: str, path: str = '') -> str:
 def _forget_inherited_producers() -> None:
     # A forked child writes through producers of its own; what its parent has queued is its parent's to write.
     global _registry_lock
-    _registry_lock = threading.Lock()
+    _registry_lock = threading.RLock()
     for producer in _registry.values():
         producer.inherited = True
     _registry.clear()

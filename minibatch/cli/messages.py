@@ -160,9 +160,9 @@ class Appending:
                 self._note(exc.written, numbers)
                 self._write(messages[exc.written : good], numbers[exc.written : good])
             raise BadInput(numbers[good], reason) from None
-        except ServerError as exc:
-            self._note(exc.written, numbers)
-            self.unconfirmed = exc.queued
+        except (ServerError, KeyboardInterrupt) as exc:
+            self._note(getattr(exc, 'written', 0), numbers)
+            self.unconfirmed = getattr(exc, 'queued', 0)
             raise
         self._note(len(messages), numbers)
 
