@@ -140,7 +140,7 @@ def streaming(
             cnx_kwargs; see `WindowEmitter`. `group` names the consumer group: each group gets every message. A window
             that has failed `max_attempts` times is a dead letter, see `Stream.dead_letters`. `timeout`, `lease` and
             `stall_after` are in seconds. And more that says what a window is: max_wait, slide, gap, key, timestamp,
-            lateness, late, max_open_windows, overflow; see `minibatch.window`, and the guide for what combines.
+            lateness, late, idle, max_open_windows, overflow; see `minibatch.window`, and the guide for what combines.
 
     Raises:
         ArgumentError: naming the argument.
@@ -238,9 +238,8 @@ def _make(
         interval = stream.interval and round(stream.interval, 3)  # stored when fractions of a millisecond were taken
     options.update(size=size, interval=interval)
     chosen = _emitter_class(emitter, relaxed, options)
-    for option in ('size', 'interval', *kinds.OPTIONS):
-        if options.get(option) is None:
-            options.pop(option, None)
+    for option in {'size', 'interval', *kinds.OPTIONS} - kinds.names_of(options):
+        options.pop(option, None)
     made = chosen(
         name,
         emitfn=fn,
@@ -271,7 +270,7 @@ def _emitter_class(
             raise ArgumentError(f'emitter must be a subclass of WindowEmitter, not {emitter!r}')
         if relaxed is False:
             raise ArgumentError('relaxed goes with interval, not with emitter; emitter=FixedTimeWindow is the same')
-        given = [name for name in kinds.OPTIONS if options.get(name) is not None]
+        given = sorted(kinds.names_of(options).intersection(kinds.OPTIONS))
         if given and not issubclass(emitter, PlannedWindow):
             raise ArgumentError(f'{given[0]} goes with windows of minibatch; {emitter.__name__} picks messages itself')
         return emitter

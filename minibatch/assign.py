@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from operator import itemgetter
@@ -20,14 +20,14 @@ from .fields import identity
 from .store import Span
 
 SINCE = 1_000  # messages are read that were created so long after `now`, the last look at the log
-SKEW = 60_000
-IDLE = 30_000
+SKEW = 60_000  # clocks differ by no more
 MAX_AHEAD = 1_000_000
 MANY_PRODUCERS = 1000
-MAX_TOGETHER = 10_000
+FORGOTTEN = 30_000
 NEVER = -(1 << 62)
+FOREVER = 1 << 62
 
-Fresh = list[tuple['Message', Sequence[int | None]]]
+Held = Sequence[int | None]  # the ends of the stored windows that hold a message; None if one is none of time
 
 
 class Message(NamedTuple):
@@ -67,6 +67,8 @@ class Bucket:
     frontier: int | None = None
     runs: dict[str, list[int]] = field(default_factory=dict)  # by producer: from, to, from, to ...
     ident: Hashable = None
+    born: int = 0  # the how manieth it is
+    opens: int = FOREVER  # the end it began with: at this watermark its first messages would be late
     is_open: bool = True
     given: bool = False  # to be claimed now
     into: Bucket | None = None  # the one it was merged into
@@ -96,16 +98,27 @@ class Seen:
     read: int
     end: int
     low: int = -1  # what `Assigner.low` said last
-    high: int | None = None  # the highest time read
-    newest: int | None = None  # when the newest message read was created, by its producer's clock
+    high: int = NEVER  # the highest time read that can be
+    newest: int = NEVER  # when the newest message read was created, by its producer's clock
+    lead: int = FOREVER  # by how much its times are after those of creation, at least
     heard: int = NEVER  # when it was last seen to have appended something
     ahead: bool = False  # it has given times that cannot be
     pins: list[tuple[int, int, Bucket]] = field(default_factory=list)
 
     @property
+    def is_unread(self) -> bool:
+        """Whether it has messages that are to be read."""
+        return self.read < self.end
+
+    @property
+    def behind(self) -> int:
+        """By how much its clock is behind, as all its times are after those of creation."""
+        return max(self.lead, 0) if self.lead < FOREVER else 0
+
+    @property
     def last(self) -> int:
         """When it sent something last, as far as is known."""
-        return self.heard if self.newest is None else max(self.newest, self.heard)
+        return max(self.newest + self.behind, self.heard)
 
 
 class Rule(Protocol):
@@ -114,17 +127,14 @@ class Rule(Protocol):
     timed: bool
     """Whether its windows have a start and an end for the user."""
 
-    copies: int
-    """In how many windows a message is."""
-
-    def put(self, to: Assigner, producer: str, fresh: Fresh, now: int) -> None:
-        """Put messages that were read together into their windows; each with the ends of those which hold it."""
+    def put(self, to: Assigner, producer: str, message: Message, held: Held, now: int) -> None:
+        """Put a message into its windows, but not again into those which hold it."""
 
     def remove(self, bucket: Bucket) -> None:
         """This window is not open any more."""
 
-    def frontier(self, watermark: int) -> int:
-        """The watermark from which all decisions that are not stored come out the same again."""
+    def limit(self) -> int:
+        """The watermark at which messages of a window that is open now would be late, if they were read again."""
 
 
 class Grid:
@@ -133,133 +143,112 @@ class Grid:
     timed = True
 
     def __init__(self, interval: int, slide: int) -> None:
-        self._interval, self._slide, self.copies = interval, slide, interval // slide
+        self._interval, self._slide = interval, slide
         self._open: dict[tuple[Hashable, int], Bucket] = {}
 
-    def put(self, to: Assigner, producer: str, fresh: Fresh, now: int) -> None:
-        for message, held in fresh:
-            ident = identity(message.key)
-            floor = to.floor(ident)
-            if held and not to.event:
-                first = min(end for end in held if end is not None)  # where it was put when it was read first
-            else:
-                first = to.time(message, floor, now) // self._slide * self._slide + self._slide
-            ends = [
-                end
-                for end in range(first, first + self._interval, self._slide)
-                if end > floor and end not in held
-            ]
-            for end in ends:
+    def put(self, to: Assigner, producer: str, message: Message, held: Held, now: int) -> None:
+        ident = identity(message.key)
+        floor = to.floor(ident)
+        if held and not to.event:
+            first = min(end for end in held if end is not None)  # where it was put when it was read first
+        else:
+            first = to.time(message, floor, now) // self._slide * self._slide + self._slide
+
+        is_late = not held
+        for end in range(first, first + self._interval, self._slide):
+            if end > floor and end not in held:
                 bucket = self._open.get((ident, end))
                 if bucket is None:
                     bucket = Bucket(message.key, end - self._interval, end, ident=ident)
                     to.open(bucket)
                     self._open[ident, end] = bucket
                 to.add(bucket, producer, message.offset)
-            if not ends and not held:
-                to.late(producer, message.offset)
+                is_late = False
+        if is_late:
+            to.late(producer, message.offset, first + self._interval - self._slide)
 
     def remove(self, bucket: Bucket) -> None:
         del self._open[bucket.ident, bucket.end]
 
-    def frontier(self, watermark: int) -> int:
-        return watermark
+    def limit(self) -> int:
+        return FOREVER  # they end after the watermark
 
 
 class Sessions:
-    """Windows [first, last + gap) of messages less than `gap` apart.
-
-    Messages that are read together are put together first, so that their order does not matter.
-    """
+    """Windows [first, last + gap) of messages less than `gap` apart."""
 
     timed = True
-    copies = 1
 
     def __init__(self, gap: int) -> None:
         self._gap = gap
         self._open: dict[Hashable, list[Bucket]] = {}
 
-    def put(self, to: Assigner, producer: str, fresh: Fresh, now: int) -> None:
-        by_key: dict[Hashable, list[tuple[int, Message]]] = {}
-        for message, held in fresh:
-            if not held:
-                ident = identity(message.key)
-                time = to.time(message, to.floor(ident), now)
-                by_key.setdefault(ident, []).append((time, message))
-        for ident, timed in by_key.items():
-            timed.sort(key=itemgetter(0))
-            first = 0
-            for after in range(1, len(timed) + 1):
-                if after == len(timed) or timed[after][0] - timed[after - 1][0] >= self._gap:
-                    self._merge(to, producer, ident, timed[first:after])
-                    first = after
-
-    def _merge(self, to: Assigner, producer: str, ident: Hashable, burst: list[tuple[int, Message]]) -> None:
-        start, end = burst[0][0], burst[-1][0] + self._gap
-        offsets = sorted(message.offset for _, message in burst)
-        touching = [it for it in self._open.get(ident, ()) if it.start < end and start < it.end]
-        if not touching and end <= to.floor(ident):
-            for offset in offsets:
-                to.late(producer, offset)
+    def put(self, to: Assigner, producer: str, message: Message, held: Held, now: int) -> None:
+        if held:
             return
+        ident = identity(message.key)
+        floor = to.floor(ident)
+        start = to.time(message, floor, now)
+        end = start + self._gap
+
+        touching = [it for it in self._open.get(ident, ()) if it.start < end and start < it.end]
         if touching:
             bucket = touching[0]
+            for other in touching:
+                start, end = min(start, other.start), max(end, other.end)
             for other in touching[1:]:
                 self.remove(other)
                 to.merge(other, bucket)
-            to.resize(bucket, min(start, *(it.start for it in touching)), max(end, *(it.end for it in touching)))
-        else:
-            bucket = Bucket(burst[0][1].key, start, end, ident=ident)
+            to.resize(bucket, start, end)
+        elif end > floor:
+            bucket = Bucket(message.key, start, end, ident=ident)
             to.open(bucket)
             self._open.setdefault(ident, []).append(bucket)
-        for offset in offsets:
-            to.add(bucket, producer, offset)
+        else:
+            to.late(producer, message.offset, end)
+            return
+        to.add(bucket, producer, message.offset)
 
     def remove(self, bucket: Bucket) -> None:
         self._open[bucket.ident].remove(bucket)
         if not self._open[bucket.ident]:
             del self._open[bucket.ident]
 
-    def frontier(self, watermark: int) -> int:
-        # Above it, the first message of an open session would be late if it were read again without the next one.
-        starts = [bucket.start for open_ in self._open.values() for bucket in open_]
-        return min([watermark, *starts])
+    def limit(self) -> int:
+        return min((bucket.opens for open_ in self._open.values() for bucket in open_), default=FOREVER)
 
 
 class Waits:
     """One window a key, which is due `wait` after its oldest message was created, or when it has `size`."""
-
-    copies = 1
 
     def __init__(self, wait: int, size: int | None = None) -> None:
         self._wait, self._size = wait, size
         self.timed = size is None
         self._open: dict[Hashable, Bucket] = {}
 
-    def put(self, to: Assigner, producer: str, fresh: Fresh, now: int) -> None:
-        for message, held in fresh:
-            if held:
-                continue
-            ident, time = identity(message.key), min(message.created, now + SINCE)
-            bucket = self._open.get(ident)
-            if bucket is None:
-                bucket = Bucket(message.key, time, time + self._wait, ident=ident)
-                to.open(bucket)
-                self._open[ident] = bucket
-            elif time < bucket.start:
-                to.resize(bucket, time, time + self._wait)
-            to.add(bucket, producer, message.offset)
-            if bucket.n == self._size:
-                to.close(bucket)
+    def put(self, to: Assigner, producer: str, message: Message, held: Held, now: int) -> None:
+        if held:
+            return
+        ident, time = identity(message.key), min(message.created, now + SINCE)
+        bucket = self._open.get(ident)
+        if bucket is None:
+            bucket = Bucket(message.key, time, time + self._wait, ident=ident)
+            to.open(bucket)
+            self._open[ident] = bucket
+        elif time < bucket.start:
+            to.resize(bucket, time, time + self._wait)
+        to.add(bucket, producer, message.offset)
+        if bucket.n == self._size:
+            to.close(bucket)
 
     def remove(self, bucket: Bucket) -> None:
         del self._open[bucket.ident]
 
-    def frontier(self, watermark: int) -> int:
-        return watermark
+    def limit(self) -> int:
+        return FOREVER
 
 
-class Held:
+class Index:
     """Which stored windows hold a message; asked for the messages of each producer in order.
 
     `ends` are the offsets after the last ones held.
@@ -275,7 +264,16 @@ class Held:
         for runs in self._coming.values():
             runs.sort(key=itemgetter(0), reverse=True)
 
-    def at(self, producer: str, offset: int) -> Sequence[int | None]:
+    def forget(self, producers: Mapping[str, Seen]) -> None:
+        """Drop from `ends` the producers of which all that is held was read again."""
+        if self.ends:
+            self.ends = {
+                name: end
+                for name, end in self.ends.items()
+                if (seen := producers.get(name)) is not None and seen.read < min(end, seen.end)
+            }
+
+    def at(self, producer: str, offset: int) -> Held:
         """The ends of the windows that hold it."""
         coming = self._coming.get(producer)
         if coming is None:
@@ -294,10 +292,14 @@ class Held:
 class Assigner:
     """Puts messages into windows, and says which windows are due.
 
+    The watermark moves with each message, in the order of its producer's log. So the windows of one producer depend
+    on its messages alone, and not on how many of them were read together.
+
     Args:
         rule: which windows there are.
         event: whether messages have a time of their own; else it is when they were created, and none is late.
         lateness: how far the watermark stays behind the highest time.
+        idle: after how long a silent producer does not hold the watermark; None for never.
         most: how many windows may be open.
         strict: whether more are an error; else the oldest is emitted early, and what follows for it is another part.
         frontier: that of the last claim, or `NEVER`.
@@ -306,24 +308,26 @@ class Assigner:
     """
 
     def __init__(
-        self, rule: Rule, *, event: bool = False, lateness: int = 0, most: int = 10_000, strict: bool = False,
-        frontier: int = NEVER, watermark: int = NEVER, stored: Iterable[Stored] = (),
+        self, rule: Rule, *, event: bool = False, lateness: int = 0, idle: int | None = None, most: int = 10_000,
+        strict: bool = False, frontier: int = NEVER, watermark: int = NEVER, stored: Iterable[Stored] = (),
     ) -> None:  # fmt: skip
         self.rule, self.event = rule, event
-        self._lateness, self._most, self._strict = lateness, most, strict
+        self._lateness, self._idle = lateness, FOREVER if idle is None else idle
+        self._most, self._strict = most, strict
         self.watermark, self._shown, self._marked = frontier, watermark, frontier
         self.parts = 0  # windows that were emitted early
         self.came_late = 0  # messages
-        self.ahead = 0  # by how much times were in the future, at most
-        self._together = max(min(most, MAX_TOGETHER) // 10 // rule.copies, 1)  # they must not be too many by themselves
+        self.behind = 0  # by how much more they were late than is allowed, at most
+        self.ahead = 0  # by how much times were after those of creation, at most
+        self._since = FOREVER  # when this was told the time first
         self._producers: dict[str, Seen] = {}
         self._order = count()
-        self._ends: list[tuple[int, int, Bucket]] = []  # a heap; what was closed or resized since is skipped
+        self._ends: list[tuple[int, int, Bucket]] = []  # a heap, with each open window once, at its end or before it
         self._open = 0
         self._due: deque[Bucket] = deque()
         self._late: Bucket | None = None
         stored = list(stored)
-        self._held = Held(stored)
+        self._held = Index(stored)
         self._closed: dict[Hashable, int] = {}  # by key, what is stored beyond the frontier
         for _, key, end, part in stored:
             if end is not None and not part and end > frontier:
@@ -334,6 +338,7 @@ class Assigner:
 
     def hear(self, waiting: list[Span], now: int) -> None:
         """So far the producers have come."""
+        self._since = min(self._since, now)
         for span in waiting:
             seen = self._producers.get(span.producer)
             if seen is None:
@@ -344,95 +349,131 @@ class Assigner:
 
     def next_span(self, most: int) -> Span | None:
         """What to read next, at most so many messages: of the producer that is furthest behind in time."""
-        unread = [name for name, seen in self._producers.items() if seen.read < seen.end]
+        unread = [name for name, seen in self._producers.items() if seen.is_unread]
         if not unread:
             return None
-        name = min(unread, key=lambda name: NEVER if (high := self._producers[name].high) is None else high)
+        name = min(unread, key=lambda name: self._producers[name].high)
         seen = self._producers[name]
         return Span(name, seen.read, min(seen.end, seen.read + most))
 
     def read(self, span: Span, messages: Iterable[Message], now: int) -> None:
         """Take in the messages of a span, which continues what was read of the producer, and go on in time."""
-        seen = self._producers[span.producer]
-        fresh: Fresh = []
+        producer, seen = span.producer, self._producers[span.producer]
+        high, newest, credible = seen.high, seen.newest, SKEW + seen.behind
+        others, until = NEVER, NEVER
         for message in messages:
-            held = self._held.at(span.producer, message.offset)
-            seen.newest = max(min(message.created, now), NEVER if seen.newest is None else seen.newest)
+            created = min(message.created, now)
+            if created > newest:
+                if newest > NEVER and created - newest >= self._idle:
+                    self._pass_silence(seen, created)
+                newest = seen.newest = created
+            held = self._held.at(producer, message.offset)
             if message.bad:
                 if not held:
-                    self._aside(Bucket(bad=message.bad), span.producer, message.offset)
+                    self._aside(Bucket(bad=message.bad), producer, message.offset)
                 continue
-            if not self.event:
-                seen.high = max(min(message.time, now), NEVER if seen.high is None else seen.high)
-            elif message.time <= now + SKEW:
-                seen.high = message.time if seen.high is None else max(message.time, seen.high)
-            else:
-                seen.ahead = True
-                self.ahead = max(self.ahead, message.time - now)
-            if None not in held:
-                fresh.append((message, held))
-                if len(fresh) == self._together:
-                    self._put(span._replace(end=message.offset + 1), fresh, now)
-                    fresh = []
-        self._put(span, fresh, now)
 
-    def _put(self, span: Span, fresh: Fresh, now: int) -> None:
-        seen = self._producers[span.producer]
+            lead = message.time - created
+            if lead > credible and self.event:
+                seen.ahead, self.ahead = True, max(self.ahead, lead)
+            elif message.time > high:
+                if newest >= until:
+                    others, until = self._others(seen, newest)
+                high = seen.high = message.time if self.event else max(created, high)
+                self._reach(min(high, others) - self._lateness)
+            if lead < seen.lead:
+                seen.lead = lead
+                credible = SKEW + seen.behind
+            if None not in held:
+                self.rule.put(self, producer, message, held, now)
         seen.read = span.end
-        self.rule.put(self, span.producer, fresh, now)
         while seen.read - self._low(seen) > MAX_AHEAD and (first := seen.pins[0][2].root).is_open:
             self._close_early(first, f'more than {MAX_AHEAD:,} messages were read behind the oldest of them')
         self.advance(now)
 
     def advance(self, now: int) -> None:
         """Move the watermark as far as what was read allows, and close the windows that end by then."""
-        reached = self._event_time(now) if self.event else self._created_time(now)
-        if reached > self.watermark and not self._reads_again():
-            self.watermark = reached
-            self._closed = {ident: end for ident, end in self._closed.items() if end > reached}
-        while (bucket := self._oldest()) is not None and bucket.end <= self.watermark:
-            self.close(bucket)
+        self._held.forget(self._producers)
+        self._reach(self._event_time(now) if self.event else self._created_time(now))
+        self._close_due()
         self._forget(now)
 
-    def _reads_again(self) -> bool:
-        """Whether messages that stored windows hold are still to come: some may have other windows to come."""
-        self._held.ends = {
-            name: end
-            for name, end in self._held.ends.items()
-            if (seen := self._producers.get(name)) is not None and seen.read < min(end, seen.end)
-        }
-        return bool(self._held.ends)
+    def end(self) -> None:
+        """Close the windows that are open: nothing more is to come for now. Time does not go on by that."""
+        while (bucket := self._oldest()) is not None:
+            bucket.part = True
+            self.close(bucket)
+
+    # --- time
+
+    def _reach(self, time: int) -> None:
+        # Without event time, messages that stored windows hold would not find their other windows, which are to come.
+        if time > self.watermark and (self.event or not self._held.ends):
+            self.watermark = time
+            if self._closed:
+                self._closed = {ident: end for ident, end in self._closed.items() if end > time}
+            self._close_due()
+
+    def _close_due(self) -> None:
+        while (bucket := self._oldest()) is not None and bucket.end <= self.watermark:
+            self.close(bucket)
 
     def _event_time(self, now: int) -> int:
-        producers = self._producers.values()
-        if any(seen.newest is None and seen.read < seen.end for seen in producers):
+        known = self._producers.values()
+        unread = [seen.newest for seen in known if seen.is_unread]
+        at = min(unread, default=now)  # a backlog is not silence
+        if at == NEVER:
             return NEVER
-        known = [seen for seen in producers if seen.newest is not None]
-        active = [
-            seen.high
-            for seen in known
-            if seen.high is not None and (seen.read < seen.end or now - seen.last < IDLE)
-        ]
-        if active:
-            return min(active) - self._lateness
-        # Nobody says what time it is, so it goes on by the clock; so it does if there are impossible times alone.
-        idle = [
-            (seen.last if seen.high is None else seen.high) + now - seen.last - IDLE
-            for seen in known
-            if seen.high is not None or seen.ahead
-        ]
-        return max(idle, default=NEVER) - self._lateness
+        holding = [seen.high for seen in known if self._holds(seen, at)]
+        if holding:
+            return min(holding) - self._lateness
+        if unread:
+            return NEVER
+        alone = not any(seen.high > NEVER for seen in known) and any(seen.ahead for seen in known)
+        by_the_clock = self._clock_time(now, lambda seen: max(seen.last, self._since))
+        return max(by_the_clock, now - self._idle - self._lateness if alone else NEVER)
+
+    def _clock_time(self, at: int, last: Callable[[Seen], int]) -> int:
+        """How far silence moves the watermark: not at all where event time is not about that of the clock."""
+        if self._idle == FOREVER:
+            return NEVER
+        near = max(SKEW, self._lateness)
+        follows = [seen for seen in self._producers.values() if seen.newest - near <= seen.high]
+        times = (seen.high + at - last(seen) - self._idle for seen in follows if seen.high > NEVER)
+        return max(times, default=NEVER) - self._lateness
+
+    def _pass_silence(self, reading: Seen, at: int) -> None:
+        """Until this message came all were silent, as a consumer would have seen that was not behind."""
+        others = (seen for seen in self._producers.values() if seen is not reading)
+        if self.event and not any(seen.is_unread or at - seen.newest < self._idle for seen in others):
+            self._reach(self._clock_time(at, lambda seen: seen.newest))
 
     def _created_time(self, now: int) -> int:
-        unread = [seen.high for seen in self._producers.values() if seen.read < seen.end]
-        return min((NEVER if high is None else high for high in unread), default=now)
+        return min((seen.high for seen in self._producers.values() if seen.is_unread), default=now)
 
+    def _holds(self, seen: Seen, at: int) -> bool:
+        return seen.high > NEVER and (seen.is_unread or at - seen.last < self._idle)
+
+    def _others(self, reading: Seen, at: int) -> tuple[int, int]:
+        """The lowest time of the other producers that hold the watermark, and until when that is so."""
+        low, until = FOREVER, FOREVER
+        for seen in self._producers.values():
+            if seen is reading or not (seen.is_unread or self.event):
+                continue
+            if seen.is_unread and seen.newest == NEVER:
+                return NEVER, FOREVER
+            if not self.event or self._holds(seen, at):
+                low = min(low, seen.high)
+                if not seen.is_unread:
+                    until = min(until, seen.last + self._idle)
+        return low, until
     def _forget(self, now: int) -> None:
         if len(self._producers) > MANY_PRODUCERS:
+            pause = max(FORGOTTEN, self._idle)
             idle = [
                 name
                 for name, seen in self._producers.items()
-                if seen.read >= seen.end and now - seen.last > IDLE and seen.low == seen.read
+                if not seen.is_unread and now - seen.last > pause and seen.low == seen.read
             ]
             for name in idle[: -MANY_PRODUCERS // 2]:
                 del self._producers[name]
@@ -453,20 +494,21 @@ class Assigner:
         if oldest is not None:
             self._close_early(oldest, f'max_open_windows={self._most:,} are open')
         self._open += 1
-        heapq.heappush(self._ends, (bucket.end, next(self._order), bucket))
+        bucket.opens, bucket.born = bucket.end, next(self._order)
+        heapq.heappush(self._ends, (bucket.end, bucket.born, bucket))
 
     def resize(self, bucket: Bucket, start: int, end: int) -> None:
         """Let a window begin or end at other times."""
-        bucket.start = start
-        if end != bucket.end:
-            bucket.end = end
-            heapq.heappush(self._ends, (end, next(self._order), bucket))
+        if end < bucket.end:
+            heapq.heappush(self._ends, (end, bucket.born, bucket))
+        bucket.start, bucket.end = start, end
 
     def merge(self, other: Bucket, bucket: Bucket) -> None:
         """Make the messages of one window part of another one."""
         other.into, other.is_open = bucket, False
         self._open -= 1
         bucket.n += other.n
+        bucket.opens = min(bucket.opens, other.opens)
         for producer, runs in other.runs.items():
             bucket.runs.setdefault(producer, []).extend(runs)
 
@@ -483,9 +525,10 @@ class Assigner:
             runs += (offset, offset + 1)
         bucket.n += 1
 
-    def late(self, producer: str, offset: int) -> None:
-        """All windows of this message are closed."""
+    def late(self, producer: str, offset: int, end: int) -> None:
+        """All windows of this message are closed, the last of which ended then."""
         self.came_late += 1
+        self.behind = max(self.behind, self.watermark - end + 1)
         if self._late is None:
             self._late = Bucket(late=True, is_open=False)
         self.add(self._late, producer, offset)
@@ -510,22 +553,28 @@ class Assigner:
         return None if oldest is None else oldest.end
 
     def take(self, limit: int) -> list[Bucket]:
-        """At most `limit` of the windows that are due, to be claimed now, in this order.
-
-        The last one has the frontier if none is left.
-        """
+        """At most `limit` of the windows that are due, to be claimed now, in this order."""
         if self._late is not None:
             self._emit(self._late)
             self._late = None
         taken = [self._due.popleft() for _ in range(min(limit, len(self._due)))]
+        if self.watermark > NEVER:
+            self._mark(taken)
         for bucket in taken:
             bucket.given = True
-        if taken and self.watermark > NEVER:
-            left = min((bucket.end for bucket in self._due if bucket.end > NEVER), default=self.watermark + 1)
-            frontier = self.rule.frontier(min(self.watermark, left - 1))
-            if frontier >= self._marked:
-                taken[-1].frontier = self._marked = frontier
         return taken
+
+    def _mark(self, taken: list[Bucket]) -> None:
+        """Let each window say up to which watermark everything is decided that is not stored, when it is."""
+        left = min([self.watermark + 1, self.rule.limit(), *(bucket.opens for bucket in self._due)])
+        for bucket in reversed(taken):
+            bucket.frontier = left - 1
+            left = min(left, bucket.opens)
+        for bucket in taken:
+            if bucket.frontier is not None and bucket.frontier >= self._marked:
+                self._marked = bucket.frontier
+            else:
+                bucket.frontier = None
 
     def low(self) -> dict[str, int]:
         """For each producer the lowest offset that is not read, or whose message still has a window to come.
@@ -554,9 +603,15 @@ class Assigner:
         self._due.append(bucket)
 
     def _oldest(self) -> Bucket | None:
-        while self._ends and not (self._ends[0][2].is_open and self._ends[0][2].end == self._ends[0][0]):
-            heapq.heappop(self._ends)
-        return self._ends[0][2] if self._ends else None
+        while self._ends:
+            end, born, bucket = self._ends[0]
+            if bucket.is_open and end == bucket.end:
+                return bucket
+            if bucket.is_open and end < bucket.end:  # it has grown
+                heapq.heapreplace(self._ends, (bucket.end, born, bucket))
+            else:
+                heapq.heappop(self._ends)
+        return None
 
     def _close_early(self, bucket: Bucket, why: str) -> None:
         if self._strict:

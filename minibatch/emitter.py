@@ -255,6 +255,10 @@ class WindowEmitter:
         """The windows that are due, at most `limit`, in order; each continues where the one before ended."""
         raise ArgumentError(f'{type(self).__name__} must define window_ready and query, or plan')
 
+    def finish(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
+        """The windows that are not due, at most `limit`, when all that is due is planned and no more is to come."""
+        return []
+
     def next_due(self) -> datetime | None:
         """When a window will be due even if nothing is appended."""
         return None

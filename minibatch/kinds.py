@@ -7,7 +7,7 @@ from typing import Any
 from .errors import ArgumentError
 
 OPTIONS = (
-    'max_wait', 'slide', 'gap', 'key', 'timestamp', 'lateness', 'late', 'max_open_windows', 'overflow',
+    'max_wait', 'slide', 'gap', 'key', 'timestamp', 'lateness', 'late', 'idle', 'max_open_windows', 'overflow',
 )  # fmt: skip
 
 EXCLUDE = {
@@ -27,12 +27,18 @@ NEED = {
     'relaxed': ('interval', 'interval=T with relaxed=False makes fixed windows'),
     'lateness': ('timestamp', 'without a time of its own no message is late'),
     'late': ('timestamp', 'without a time of its own no message is late'),
+    'idle': ('timestamp', 'without a time of its own a message counts by the clock'),
 }
 
 
+def names_of(options: dict[str, Any]) -> set[str]:
+    """Those that are given: None is as if it were not, but ``idle=None`` says never."""
+    return {name for name, value in options.items() if value is not None or name == 'idle'}
+
+
 def check(given: dict[str, Any]) -> None:
-    """Raise `ArgumentError`, naming the options, if those which are not None do not combine."""
-    names = {name for name, value in given.items() if value is not None}
+    """Raise `ArgumentError`, naming the options, if those that are given do not combine."""
+    names = names_of(given)
     for (one, other), why in EXCLUDE.items():
         if {one, other} <= names:
             raise ArgumentError(f'{one} and {other} exclude each other: {why}')

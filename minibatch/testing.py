@@ -20,8 +20,7 @@ import bson
 from bson.raw_bson import RawBSONDocument
 
 from . import api, kinds, store
-from .assign import IDLE
-from .clock import MILLISECOND, aware, from_ms, now
+from .clock import aware, from_ms, now
 from .emitter import WindowEmitter
 from .errors import ArgumentError, DataError
 from .executors import InlineExecutor
@@ -29,7 +28,7 @@ from .fields import BadMessage, time_of
 from .messages import Message, MessageWindow, window_of
 from .models import Stream, check_options
 from .producer import encode
-from .progress import Claim, Log, Progress
+from .progress import Claim, Log, Progress, WindowPlan
 from .store import Span
 from .worker import shown
 
@@ -176,7 +175,8 @@ def run(
     """Call a function with the windows of some messages, in this process and without a server.
 
     The messages are appended one after the other, and windows are emitted when they are due, as a consumer would that
-    is never slow. The end of the list is the end of the input: then time goes on until every message is emitted.
+    is never slow. The end of the list is the end of the input: then time goes on until every message is emitted, and
+    windows of event time that are open are emitted as they are.
     The last messages of ``size=N``, if they are fewer than N, are not, as on a stream; with ``max_wait=`` they are.
 
     Args:
@@ -187,8 +187,8 @@ def run(
         clock: shows the time while this runs. A new one by default: it starts with the first message, if that says
             when, else in 2026, or, with `timestamp`, now, because times that are ahead of the clock are not believed.
         window_options: what says what a window is, as for `minibatch.streaming`: size, max_wait, interval, relaxed,
-            slide, gap, key, timestamp, lateness, late, emitter (a class of `minibatch.window`), emit_empty, processfn,
-            max_open_windows, overflow.
+            slide, gap, key, timestamp, lateness, late, idle, emitter (a class of `minibatch.window`), emit_empty,
+            processfn, max_open_windows, overflow.
 
     Raises:
         ArgumentError: as `minibatch.streaming` does, or naming the message.
@@ -298,32 +298,31 @@ class _Group:
         self._plan(clock)
 
     def end(self) -> None:
-        """Let time go on until nothing is left but what waits for more messages."""
-        pause = IDLE * MILLISECOND
+        """Let time go on until nothing is left but what waits for more messages, or a later time in them."""
         while self._clock is not None and self._log.waiting() and self._clock.now() < END_OF_TIME:
             due = self._emitter.next_due()
-            if due is None and self._event_time:
-                due = self._clock.now() + min(pause, END_OF_TIME - self._clock.now())
-                pause *= 2
             if due is None:
-                return
+                break
             self._wait(self._clock, due)
+        if self._clock is not None and self._event_time:
+            self._claim(self._emitter.finish, self._clock)
 
     def _plan(self, clock: ManualClock) -> None:
         """Emit all windows that are due."""
         self._log.looked = clock.now()
-        while True:
-            plans = self._emitter.plan(self._log, clock.now(), LIMIT)
-            claims = []
-            for plan in plans:
-                claim = Claim.planned(plan, NAME, self._emitter.group, self._progress.next_number, clock.now())
-                self._progress.claim(claim)
-                claims.append(claim)
-            self._log.claimed()
-            for claim in claims:
-                self._do(claim)
-            if not plans and not self._log.more:
-                return
+        while self._claim(self._emitter.plan, clock) or self._log.more:
+            pass
+
+    def _claim(self, plan: Callable[..., list[WindowPlan]], clock: ManualClock) -> bool:
+        claims = []
+        for planned in plan(self._log, clock.now(), LIMIT):
+            claim = Claim.planned(planned, NAME, self._emitter.group, self._progress.next_number, clock.now())
+            self._progress.claim(claim)
+            claims.append(claim)
+        self._log.claimed()
+        for claim in claims:
+            self._do(claim)
+        return bool(claims)
 
     def _do(self, claim: Claim) -> None:
         records = [(span, self._log.read(span)) for span in claim.spans]

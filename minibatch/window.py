@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from functools import cached_property
+from types import EllipsisType
 from typing import Any
 
 from . import assign, clock, edges, kinds, messages
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 20_000
 QUERY = 100  # messages that cost as much to read as the query for them
+IDLE = 30.0
 MAX_SLIDES = 1000
 MAX_OPEN_WINDOWS = 10_000
 MAX_ALL_BAD = 1000
@@ -52,6 +54,9 @@ class PlannedWindow(WindowEmitter):
         timestamp: the name of a field, or a function: the time of a message, a datetime (naive is UTC), seconds since
             1970, or a string in ISO 8601; a number in a string is none. A message without is a dead letter of its own.
         lateness: seconds by which messages may come late: the watermark stays so far behind the highest time.
+        idle: seconds, 30 by default, after which a producer that sends nothing does not hold event time back; when all
+            are silent, and event time has been that of the clock, it goes on by the clock. None for never: then each
+            producer holds event time until it sends something.
         late: what becomes of messages that are later: 'drop', or a `Stream` which they are appended to.
         max_open_windows: how many windows may be open, 10,000 by default.
         overflow: what happens when there are more: 'close' emits the oldest one early, and what follows for it as
@@ -60,15 +65,17 @@ class PlannedWindow(WindowEmitter):
 
     def __init__(
         self, stream_name: str, *, key: Any = None, timestamp: Any = None, lateness: float | None = None,
-        late: Any = None, max_open_windows: int | None = None, overflow: str | None = None, **options: Any,
+        late: Any = None, idle: float | EllipsisType | None = ..., max_open_windows: int | None = None,
+        overflow: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        kinds.check({**options, 'key': key, 'timestamp': timestamp, 'lateness': lateness, 'late': late,
+        quiet = {} if idle is ... else {'idle': idle}
+        kinds.check({**options, 'key': key, 'timestamp': timestamp, 'lateness': lateness, 'late': late, **quiet,
                      'max_open_windows': max_open_windows, 'overflow': overflow})  # fmt: skip
         check_choice('overflow', overflow or 'close', 'close', 'error')
         given: dict[str, Any] = {
             name: options.pop(name) for name in ('max_wait', 'slide', 'gap') if name in options
         }
-        numbers = {**given, 'lateness': lateness, 'max_open_windows': max_open_windows}
+        numbers = {**given, 'lateness': lateness, **quiet, 'max_open_windows': max_open_windows}
         check_options({name: value for name, value in numbers.items() if value is not None})
         super().__init__(stream_name, **options)
         if late not in (None, 'drop') and not isinstance(late, Stream):
@@ -81,18 +88,19 @@ class PlannedWindow(WindowEmitter):
         if self.assigns and self.picks:
             raise ArgumentError(f'key, timestamp, slide and gap do not go with {type(self).__name__}, which picks '
                                 f'messages itself')  # fmt: skip
-        durations = {**given, 'lateness': lateness, 'interval': self.interval}
+        durations = {**given, 'lateness': lateness, **quiet, 'interval': self.interval}
         check_whole_ms({name: seconds for name, seconds in durations.items() if seconds is not None})
         self.wakes_on_append = self.wakes_on_append or self.event_time
+        self._idle: float | None = quiet.get('idle', IDLE)
         self._lateness, self._most, self._strict = lateness or 0.0, max_open_windows, overflow == 'error'
         self._due: datetime | None = None
         self._warned = clock.EPOCH
         self._all_bad: int | None = None  # how many messages of a new group were bad, as long as no other was seen
-        given.update(key=key, timestamp=timestamp, lateness=lateness)
+        given.update(key=key, timestamp=timestamp, lateness=lateness, **quiet)
         self._described = ', '.join(
             f'{name}={name_of(value) if callable(value) else repr(value)}'
             for name, value in given.items()
-            if value is not None
+            if value is not None or name in quiet
         )
 
     def describe(self) -> str:
@@ -114,12 +122,23 @@ class PlannedWindow(WindowEmitter):
         """Plan from what the log says of itself."""
         raise NotImplementedError
 
+    def rest(self, log: Log, now: datetime) -> list[WindowPlan]:
+        """Plan, from what the log says of itself, what is not due yet."""
+        raise NotImplementedError
+
     def plan(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
         return self._assign(log, limit) if self.assigns else self.cut(log, clock.from_ms(clock.to_ms(now)), limit)
 
+    def finish(self, log: Log, now: datetime, limit: int) -> list[WindowPlan]:
+        if not self.assigns:
+            return self.rest(log, clock.from_ms(clock.to_ms(now)))
+        to = self._assigner(log)
+        to.end()
+        return self._take(to, log, limit)
+
     def _assign(self, log: Log, limit: int) -> list[WindowPlan]:
         """Read on, and plan the windows that are due by what was read and by when the log was looked at."""
-        to: Assigner = log.memory.get('assigner') or log.memory.setdefault('assigner', self._assigner(log))
+        to = self._assigner(log)
         now, left = clock.to_ms(log.looked), CHUNK
         to.hear(log.waiting(), now)
         while to.due < limit and left > 0 and (span := to.next_span(left)) is not None:
@@ -127,6 +146,9 @@ class PlannedWindow(WindowEmitter):
             left -= max(span.end - span.start, QUERY)
         to.advance(now)
         self._warn(to, log.looked)
+        return self._take(to, log, limit)
+
+    def _take(self, to: Assigner, log: Log, limit: int) -> list[WindowPlan]:
         plans = [self._plan_of(bucket, to.rule.timed) for bucket in to.take(limit)]
         log.low, log.more = to.low(), to.due > 0 or to.next_span(1) is not None
         self._due = _time(to.next_end())
@@ -150,6 +172,12 @@ class PlannedWindow(WindowEmitter):
         to.parts = to.came_late = to.ahead = 0
 
     def _assigner(self, log: Log) -> Assigner:
+        if 'assigner' not in log.memory:
+            log.memory['assigner'] = self._new_assigner(log)
+        to: Assigner = log.memory['assigner']
+        return to
+
+    def _new_assigner(self, log: Log) -> Assigner:
         stored = [
             Stored(claim.spans, claim.key, self._end_of(claim), claim.part)
             for claim in log.found
@@ -162,6 +190,7 @@ class PlannedWindow(WindowEmitter):
         )
         return Assigner(
             self.rule(), event=self.event_time, lateness=_ms(self._lateness),
+            idle=None if self._idle is None else _ms(self._idle),
             most=self._most or MAX_OPEN_WINDOWS, strict=self._strict, frontier=frontier, watermark=watermark,
             stored=stored,
         )  # fmt: skip
@@ -259,6 +288,10 @@ class CountWindow(PlannedWindow):
                 self._due = None
         return plans
 
+    def rest(self, log: Log, now: datetime) -> list[WindowPlan]:
+        waiting = log.waiting()
+        return [WindowPlan(waiting, part=True)] if waiting else []
+
     def _oldest(self, log: Log, rest: list[Span], now: datetime) -> datetime:
         """When the oldest of these messages was created."""
         firsts: dict[str, tuple[int, datetime]] = {}
@@ -300,6 +333,12 @@ class RelaxedTimeWindow(PlannedWindow):
         start, log.frontier = log.frontier, now
         self._due = now + step
         return [WindowPlan(waiting, start, now, frontier=now)] if waiting or self.emit_empty else []
+
+    def rest(self, log: Log, now: datetime) -> list[WindowPlan]:
+        waiting, start = log.waiting(), log.frontier
+        if waiting:
+            log.frontier = max(start or now, now)
+        return [WindowPlan(waiting, start, log.frontier, frontier=log.frontier)] if waiting else []
 
     @cached_property
     def _interval_ms(self) -> int:
@@ -346,6 +385,10 @@ class FixedTimeWindow(RelaxedTimeWindow):
     def _end_after(self, frontier: datetime) -> datetime:
         """The next edge; a frontier between two was stored when the interval was another one."""
         return clock.window_start(frontier, self._interval_ms) + self._interval_ms * clock.MILLISECOND
+
+    def rest(self, log: Log, now: datetime) -> list[WindowPlan]:
+        waiting = log.waiting()
+        return [WindowPlan(waiting, log.frontier, self._due, part=True)] if waiting else []
 
 
 class SlidingTimeWindow(RelaxedTimeWindow):

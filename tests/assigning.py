@@ -58,10 +58,17 @@ class MemoryGroup:
         )
         self.log = MemoryLog(self.progress, self.messages)
 
-    def plan(self, now: int, limit: int = 1000, ends: dict[str, int] | None = None, keep: int | None = None) -> bool:
-        """Look, plan, and claim; with `keep` only so many claims are stored, and then it is killed."""
+    def plan(
+        self, now: int, limit: int = 1000, ends: dict[str, int] | None = None, keep: int | None = None,
+        end: bool = False,
+    ) -> bool:  # fmt: skip
+        """Look, plan, and claim; with `keep` only so many claims are stored, and then it is killed.
+
+        With `end`, what is planned is what is left open.
+        """
         self.log.look(now, ends)
-        plans = self.emitter.plan(self.log, clock.from_ms(now), limit)
+        plan = self.emitter.finish if end else self.emitter.plan
+        plans = plan(self.log, clock.from_ms(now), limit)
         for plan in plans[:keep]:
             claim = Claim.planned(plan, 's', 'g', self.progress.next_number, clock.from_ms(now))
             self.windows[claim.number] = claim.document('s', 'g', 1)
@@ -78,6 +85,11 @@ class MemoryGroup:
         while self.plan(now, **options):
             pass
         self.finish()
+
+    def end(self, now: int) -> None:
+        """Emit what is open, as nothing more comes."""
+        self.run(now)
+        self.run(now, end=True)
 
     def finish(self, number: int | None = None) -> None:
         """Finish one window, or all, and let positions, number and deletion follow."""

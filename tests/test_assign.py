@@ -15,6 +15,7 @@ from minibatch.errors import ArgumentError, TooManyWindowsError
 from minibatch.window import CountWindow, FixedTimeWindow, RelaxedTimeWindow, SessionWindow, SlidingTimeWindow
 
 NOW = 1_000_000_000  # ms
+IDLE = 30_000
 EXAMPLES = settings(max_examples=int(os.environ.get('EXAMPLES', '100')), deadline=None, derandomize=True)
 
 
@@ -53,7 +54,7 @@ def event(cls, **options):
 
 
 def test_fixed_windows_of_event_time_hold_the_messages_of_their_time():
-    group = group_of(event(FixedTimeWindow, interval=10), a=[(1, 'x'), (11, 'x'), (9.999, 'x'), (21, 'x')])
+    group = group_of(event(FixedTimeWindow, interval=10, lateness=2), a=[(1, 'x'), (11, 'x'), (9.999, 'x'), (22, 'x')])
     group.run(NOW)
     assert seen(group) == [(0, 10, 'x', [1, 9.999]), (10, 20, 'x', [11])]
 
@@ -84,7 +85,8 @@ def test_a_message_is_late_for_sliding_windows_when_all_of_its_windows_are_close
 
 
 def test_a_session_ends_by_silence_and_a_message_in_between_joins_two():
-    group = group_of(event(SessionWindow, gap=10), a=[(0, 'x'), (15, 'x'), (8, 'x'), (25, 'x'), (100, 'x')])
+    messages = [(0, 'x'), (15, 'x'), (8, 'x'), (25, 'x'), (100, 'x')]
+    group = group_of(event(SessionWindow, gap=10, lateness=7), a=messages)
     group.run(NOW)
     assert seen(group) == [(0, 25, 'x', [0, 8, 15]), (25, 35, 'x', [25])]
 
@@ -110,8 +112,8 @@ def test_the_slowest_producer_holds_the_watermark_until_it_is_idle():
     group = group_of(event(FixedTimeWindow, interval=10), a=[(1, 'x'), (100, 'x')], b=[(3, 'x')])
     group.run(NOW)
     assert seen(group) == []
-    group.messages['a'].append((NOW + assign.IDLE, {'t': 101, 'k': 'x'}))
-    group.run(NOW + assign.IDLE)
+    group.messages['a'].append((NOW + IDLE, {'t': 101, 'k': 'x'}))
+    group.run(NOW + IDLE)
     assert seen(group) == [(0, 10, 'x', [1, 3])]
 
 
@@ -124,19 +126,93 @@ def test_a_producer_whose_clock_is_wrong_is_idle_when_it_sends_nothing(minutes):
     group.messages['b'].append((wrong, {'t': 4, 'k': 'x'}))
     group.messages['a'].append((NOW, {'t': 100, 'k': 'x'}))
     group.run(NOW + 1000)
-    group.run(NOW + assign.IDLE - 1000)
+    group.run(NOW + IDLE - 1000)
     assert seen(group) == []
     group.messages['a'].append((NOW, {'t': 101, 'k': 'x'}))
-    group.run(NOW + assign.IDLE + 1000)
+    group.run(NOW + IDLE + 1000)
     assert seen(group) == [(0, 10, 'x', [1, 3, 4])]
 
 
 def test_an_idle_stream_closes_its_windows_by_the_clock():
-    group = group_of(event(FixedTimeWindow, interval=10), a=[(1, 'x')])
-    group.run(NOW + assign.IDLE + 8_999)
+    at = NOW / 1000
+    group = group_of(event(FixedTimeWindow, interval=10), a=[(at + 1, 'x')])
+    group.messages['a'] = [(NOW + 1000, {'t': at + 1, 'k': 'x'})]
+    group.run(NOW + 1000)
+    group.run(NOW + IDLE + 9_999)
     assert seen(group) == []
-    group.run(NOW + assign.IDLE + 9_000)
-    assert seen(group) == [(0, 10, 'x', [1])]
+    group.run(NOW + IDLE + 10_000)
+    assert seen(group) == [(at, at + 10, 'x', [at + 1])]
+
+
+@pytest.mark.parametrize('ago', [NOW / 1000 - 300, 71])
+def test_silence_does_not_close_windows_of_the_past(ago):
+    at = NOW // 10_000 * 10 - ago // 10 * 10
+    group = group_of(event(FixedTimeWindow, interval=10), a=[(at + 1, 'x')])
+    group.run(NOW)
+    group.run(NOW + 1000 * IDLE)
+    assert seen(group) == []
+    group.messages['a'] += [(NOW + 1000 * IDLE, {'t': at + 2, 'k': 'x'}), (NOW + 1000 * IDLE, {'t': at + 10, 'k': 'x'})]
+    group.run(NOW + 1000 * IDLE)
+    assert seen(group) == [(at, at + 10, 'x', [at + 1, at + 2])]
+
+
+def test_with_idle_none_silence_closes_nothing_and_a_silent_producer_holds_the_others():
+    at = NOW / 1000
+    group = group_of(event(FixedTimeWindow, interval=10, idle=None), a=[(at + 1, 'x')], b=[(at + 3, 'x')])
+    group.run(NOW)
+    group.run(NOW + 1000 * IDLE)
+    group.messages['a'].append((NOW + 1000 * IDLE, {'t': at + 100, 'k': 'x'}))
+    group.run(NOW + 2000 * IDLE)
+    assert seen(group) == []
+    group.messages['b'].append((NOW + 2000 * IDLE, {'t': at + 10, 'k': 'x'}))
+    group.run(NOW + 2000 * IDLE)
+    assert seen(group) == [(at, at + 10, 'x', [at + 1, at + 3])]
+
+
+@pytest.mark.parametrize('live', [True, False])
+def test_silence_that_is_seen_in_the_log_moves_event_time_as_it_would_have_when_it_happened(live):
+    at = NOW // 1000
+    group = group_of(event(FixedTimeWindow, interval=10, idle=5), a=[(at + 1, 'x')])
+    if live:
+        group.run(NOW + 1000)
+        for now in range(NOW + 1000, NOW + 60_000, 500):
+            group.run(now)
+    group.messages['a'] += [(NOW + 60_000, {'t': at + 2, 'k': 'x'}), (NOW + 60_000, {'t': at + 59, 'k': 'x'})]
+    group.run(NOW + 60_000)
+    group.end(NOW + 60_000)
+    assert seen(group) == [(at, at + 10, 'x', [at + 1]), (at + 50, at + 60, 'x', [at + 59])]
+    assert [times for *_, times in seen(group, late=True)] == [[at + 2]]
+
+
+def test_a_consumer_that_starts_does_not_take_for_silence_what_it_has_not_seen():
+    behind = NOW - 3_600_000  # the clock of the producer, which gives the times, too
+    group = group_of(event(FixedTimeWindow, interval=10), a=[])
+    group.messages['a'] = [(behind, {'t': behind / 1000, 'k': 'x'})]
+    group.run(NOW)
+    group.restart()
+    group.run(NOW + 1000)
+    group.messages['a'].append((behind + 2000, {'t': behind / 1000 + 2, 'k': 'x'}))
+    group.run(NOW + 2000)
+    group.end(NOW + 2000)
+    assert [times for *_, times in seen(group)] == [[behind / 1000, behind / 1000 + 2]]
+
+
+@pytest.mark.parametrize('now', [NOW, NOW + 86_400_000])
+def test_a_time_after_that_of_creation_makes_no_other_message_late_not_even_a_day_later(now):
+    at = NOW // 1000
+    messages = [(at, 'x'), (at + 3600, 'x'), (at + 1, 'x'), (at + 11, 'x')]
+    group = group_of(event(FixedTimeWindow, interval=10), a=messages)
+    group.run(now)
+    assert seen(group) == [(at, at + 10, 'x', [at, at + 1])]
+    assert seen(group, late=True) == []
+
+
+def test_times_that_are_all_after_those_of_creation_are_believed_for_the_clock_of_the_producer_is_behind():
+    at = NOW // 1000
+    group = group_of(event(FixedTimeWindow, interval=10), a=[])
+    group.messages['a'] = [(NOW - 3_600_000, {'t': at + second, 'k': 'x'}) for second in (0, 1, 12)]
+    group.run(NOW + 12_000)
+    assert seen(group) == [(at, at + 10, 'x', [at, at + 1])]
 
 
 def test_a_producer_whose_clock_is_hours_ahead_does_not_hold_the_watermark():
@@ -281,8 +357,8 @@ def test_a_window_that_was_claimed_before_a_crash_is_closed_although_those_plann
     assert seen(group) == [(0, 10, 'x', [1])]
     group.messages['a'] += [(NOW, {'t': 5, 'k': 'x'}), (NOW, {'t': 6, 'k': 'y'})]
     group.run(NOW)
-    assert seen(group)[1:] == [(0, 10, 'y', [2, 6])]
-    assert seen(group, late=True) == [(None, None, None, [5])]
+    assert seen(group)[1:] == [(0, 10, 'y', [2])]
+    assert seen(group, late=True) == [(None, None, None, [5, 6])]
 
 
 def test_an_open_session_is_the_same_after_a_restart_however_its_messages_are_read_again(monkeypatch):
@@ -296,7 +372,36 @@ def test_an_open_session_is_the_same_after_a_restart_however_its_messages_are_re
     group.run(NOW)
     assert seen(group)[1:] == [(30, 65, 'x', [30, 45]), (50, 70, 'z', [50])]
     assert seen(group, late=True) == []
-    assert [seconds(claim.watermark) for claim in group.seen.values()] == [50, 100, 100]
+    assert [seconds(claim.watermark) for claim in group.seen.values()] == [30, 100, 100]
+
+
+def test_what_was_late_is_late_again_although_what_made_it_so_is_below_the_position_and_a_session_open():
+    group = group_of(event(SessionWindow, gap=20), a=[
+        (0, 'y'), (100, 'y'), (90, 'x'), (75, 'late'), (105, 'x'), (121, 'z'),
+    ])  # fmt: skip
+    group.plan(NOW, limit=2)
+    group.finish()
+    group.follow()
+    assert group.positions == {'a': 2}
+    assert seen(group) == [(0, 20, 'y', [0]), (100, 120, 'y', [100])]
+    group.restart()
+    group.end(NOW)
+    assert seen(group)[2:] == [(90, 125, 'x', [90, 105]), (121, 141, 'z', [121])]
+    assert seen(group, late=True) == [(None, None, None, [75])]
+
+
+def test_each_claim_says_up_to_when_all_is_decided_as_the_next_one_may_not_be_stored(monkeypatch):
+    group = group_of(event(FixedTimeWindow, interval=10), a=[(100, 'x'), (5, 'late'), (110, 'y')])
+    group.plan(NOW, keep=1)
+    group.finish()
+    monkeypatch.setattr(window, 'CHUNK', 1)
+    group.plan(NOW)
+    group.follow()
+    assert group.positions == {'a': 1}
+    group.restart()
+    group.end(NOW)
+    assert seen(group) == [(100, 110, 'x', [100]), (110, 120, 'y', [110])]
+    assert seen(group, late=True) == [(None, None, None, [5])]
 
 
 def test_the_watermark_of_windows_does_not_go_back_when_they_are_found_again(monkeypatch):
@@ -305,7 +410,7 @@ def test_the_watermark_of_windows_does_not_go_back_when_they_are_found_again(mon
     monkeypatch.setattr(window, 'CHUNK', 1)
     group.run(NOW)
     assert seen(group) == [(0, 10, 'x', [0]), (2, 12, 'y', [2]), (13, 23, 'z', [13])]
-    assert [seconds(claim.watermark) for claim in group.seen.values()] == [50, 50, 50]
+    assert [seconds(claim.watermark) for claim in group.seen.values()] == [13, 13, 50]
 
 
 def test_producers_that_come_and_go_are_forgotten(monkeypatch):
@@ -369,7 +474,7 @@ def play(emitter, events, steps, time_of):
             del left[:n]
             patch.setattr(window, 'CHUNK', chunk)
             patch.setattr(window, 'QUERY', 1)
-            patch.setattr(assign, 'MAX_TOGETHER', 10 * max(chunk // 2, 1))
+
             now = max(stored[producer][n - 1][0] for producer, n in come.items())
             group.plan(now, limit, dict(come), keep)
             numbers = sorted(group.progress.open)
@@ -381,6 +486,7 @@ def play(emitter, events, steps, time_of):
                 group.restart()
         for now in (NOW, NOW + 10_000_000):  # in portions as small as the last ones
             group.run(now)
+        group.end(now)
         group.follow()
     return group
 
@@ -520,6 +626,51 @@ def test_sessions_lose_nothing_and_none_is_late_within_the_allowance(events, ste
         assert all(after - before < gap for before, after in itertools.pairwise(times))
 
 
+ALONE = st.lists(st.tuples(st.integers(0, 90), st.sampled_from('xyz'), st.sampled_from([0, 0, 1, 4, 45])), max_size=40)
+KINDS = st.sampled_from([
+    (FixedTimeWindow, {'interval': 10}), (SlidingTimeWindow, {'interval': 20, 'slide': 5}),
+    (SessionWindow, {'gap': 3}), (SessionWindow, {'gap': 10}),
+])  # fmt: skip
+
+
+def decided(group):
+    """The windows and what is in them, and what is late, as they are stored."""
+    windows = [(claim.key, claim.start, claim.end, claim.spans) for claim in group.seen.values() if not claim.late]
+    late = [place for claim in group.seen.values() if claim.late for place in offsets_in(claim)]
+    return sorted(windows), sorted(late)
+
+
+@EXAMPLES
+@given(ALONE, STEPS, KINDS, st.sampled_from([0, 5, 40]), st.booleans())
+def test_a_producer_has_the_same_windows_one_by_one_in_chunks_as_a_backlog_and_over_restarts(
+    events, steps, kind, lateness, follows
+):
+    cls, options = kind
+    at, messages = NOW, []
+    for time, key, pause in events:  # all at once long after, or as it happens, with silence in between
+        at += 1000 * pause * follows
+        messages.append((at, {'t': at / 1000 - time / 3 if follows else time, 'k': key}))
+    groups = [MemoryGroup(event(cls, lateness=lateness, **options), {'a': messages}) for _ in range(3)]
+    for come, (created, _) in enumerate(messages, 1):
+        groups[0].run(created, ends={'a': come})
+    with pytest.MonkeyPatch.context() as patch:
+        come = 0
+        for n, chunk, limit, keep, which, follow, restart in steps:
+            come = min(come + n, len(messages))
+            patch.setattr(window, 'CHUNK', chunk)
+            patch.setattr(window, 'QUERY', 1)
+            groups[1].plan(messages[come - 1][0] if come else NOW, limit, {'a': come}, keep)
+            if numbers := sorted(groups[1].progress.open):
+                groups[1].finish(numbers[which % len(numbers)])
+            if follow:
+                groups[1].follow()
+            if restart:
+                groups[1].restart()
+        for group in groups:
+            group.end(at)
+    assert decided(groups[1]) == decided(groups[0]) == decided(groups[2])
+
+
 @EXAMPLES
 @given(EVENTS, STEPS, st.sampled_from(['fixed', 'slide', 'gap', 'count', 'relaxed']))
 def test_without_event_time_nothing_is_lost_late_or_twice(events, steps, kind):
@@ -561,6 +712,11 @@ def test_without_event_time_nothing_is_lost_late_or_twice(events, steps, kind):
         (lambda: FixedTimeWindow('s', interval=10, timestamp=3), 'timestamp must be the name of a field'),
         (lambda: FixedTimeWindow('s', interval=10, key='a..b'), 'key must be the name of a field'),
         (lambda: FixedTimeWindow('s', interval=10, timestamp='t', lateness=-1), 'lateness'),
+        (lambda: FixedTimeWindow('s', interval=10, idle=5), 'idle goes with timestamp'),
+        (lambda: FixedTimeWindow('s', interval=10, idle=None), 'idle goes with timestamp'),
+        (lambda: FixedTimeWindow('s', interval=10, timestamp='t', idle=0), 'idle must be from 0.001'),
+        (lambda: FixedTimeWindow('s', interval=10, timestamp='t', idle='5'), 'idle'),
+        (lambda: FixedTimeWindow('s', interval=10, timestamp='t', idle=0.0005), 'idle'),
         (lambda: FixedTimeWindow('s', interval=10, timestamp='t', late='keep'), "late must be 'drop' or a Stream"),
         (lambda: FixedTimeWindow('s', interval=10, key='k', overflow='drop'), "overflow must be 'close' or 'error'"),
         (lambda: RelaxedTimeWindow('s', interval=10, timestamp='t'), 'FixedTimeWindow'),

@@ -120,6 +120,15 @@ def test_event_time_of_an_idle_stream_goes_on_by_the_clock():
     assert run(values, messages, interval=10, timestamp='at', lateness=200).late == []
 
 
+def test_idle_says_after_how_long_silence_moves_event_time_and_none_that_it_never_does():
+    messages = [(when, {'v': time, 'at': time}) for when, time in ((0, 0), (40, 5), (41, 41))]
+    late = [
+        [message.data['v'] for message in run(None, messages, interval=10, timestamp='at', **options).late]
+        for options in ({}, {'idle': 20}, {'idle': 35}, {'idle': None})
+    ]
+    assert late == [[5], [5], [], []]
+
+
 def test_a_time_that_is_ahead_of_the_clock_is_not_believed_and_emitted_at_the_end():
     century = [{'v': 'far', 'at': '2999-01-01'}]
     done = run(values, [*timed(0), *century, *timed(1, 12)], interval=10, timestamp='at')

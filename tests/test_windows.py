@@ -63,19 +63,20 @@ def test_windows_of_event_time_by_key(stream, batched):
     else:
         for message in messages:
             stream.append(message)
-    assert run(stream, interval=10, **EVENT) == [(0, 10, 'x', [1, 9]), (0, 10, 'y', [2]), (10, 20, 'x', [11])]
+    expected = [(0, 10, 'x', [1, 9]), (0, 10, 'y', [2]), (10, 20, 'x', [11])]
+    assert run(stream, interval=10, lateness=2, **EVENT) == expected
 
 
 def test_event_time_without_a_key(stream):
     stream.append_many(events((1, 'x'), (12, 'y'), (9, 'y'), (30, 'x')))
-    assert run(stream, interval=10, timestamp='time') == [(0, 10, None, [1, 9]), (10, 20, None, [12])]
+    assert run(stream, interval=10, timestamp='time', lateness=3) == [(0, 10, None, [1, 9]), (10, 20, None, [12])]
 
 
 def test_key_and_timestamp_may_be_functions(stream):
     stream.append_many(events((1, 'x'), (12, 'y'), (9, 'y'), (30, 'x')))
     options = {'timestamp': lambda data: START.timestamp() + data['at'], 'key': lambda data: (data['sensor']['id'], 1)}
     expected = [(0, 10, ('x', 1), [1]), (0, 10, ('y', 1), [9]), (10, 20, ('y', 1), [12])]
-    assert run(stream, interval=10, **options) == expected
+    assert run(stream, interval=10, lateness=3, **options) == expected
 
 
 def test_sliding_windows(stream):
@@ -143,13 +144,12 @@ def test_in_worker_processes(stream):
     assert sorted(run(stream, interval=10, executor=None, workers=1, **EVENT)) == expected
 
 
-def test_the_last_windows_of_a_stream_that_falls_silent_are_emitted_by_the_clock(stream, monkeypatch):
-    monkeypatch.setattr(assign, 'IDLE', 200)
-    seen = Seen()
-    with started(emitter_of(stream, sink=seen, interval=0.5, **EVENT)):
-        stream.append_many(events((1.1, 'x'), (1.2, 'y'), (1.4, 'x')))
+def test_the_last_windows_of_a_stream_that_falls_silent_are_emitted_by_the_clock(stream):
+    seen, now = Seen(), datetime.now(timezone.utc)
+    with started(emitter_of(stream, sink=seen, interval=0.5, idle=0.2, **EVENT)):
+        stream.append_many([{'at': i, 'sensor': {'id': key}, 'time': now} for i, key in enumerate('xyx')])
         eventually(lambda: len(seen) == 2)
-    assert [each['seen'] for each in seen] == [[1.1, 1.4], [1.2]]
+    assert [each['seen'] for each in seen] == [[0, 2], [1]]
 
 
 @pytest.mark.parametrize('options', [{'ordered': True}, {'workers': 2, 'executor': None}, {'max_attempts': 2}])
@@ -252,13 +252,13 @@ def test_a_dead_letter_says_its_key(stream):
 
 def test_what_is_finished_behind_an_open_window_is_not_done_again_and_deleted_in_the_end(stream, db):
     stream.append_many(events((25, 'x'), (1, 'y'), (29, 'z')))
-    stream.append_many(events((31, 'a'), (2, 'y'), (45, 'b')))
-    options = {'interval': 10, 'lateness': 9, **EVENT}
+    stream.append_many(events((31, 'a'), (2, 'y'), (52, 'b')))
+    options = {'interval': 10, 'lateness': 22, **EVENT}
     assert run(stream, **options) == [(0, 10, 'y', [1, 2]), (20, 30, 'x', [25]), (20, 30, 'z', [29])]
     assert ledger.read_positions(db, 'test', 'default') == {stream.buffer().first().producer: 3}
     assert run(stream, **options) == []
     stream.append_many(events((100, 'x')))
-    assert run(stream, **options) == [(30, 40, 'a', [31]), (40, 50, 'b', [45])]
+    assert run(stream, **options) == [(30, 40, 'a', [31]), (50, 60, 'b', [52])]
     assert stream.group().late == 0
     assert stream.group().lag().messages == 1
     assert (db.buffer.count_documents({}), db.window.count_documents({'status': {'$ne': 'void'}})) == (1, 0)
@@ -269,14 +269,14 @@ def test_a_dead_letter_behind_an_open_window_that_is_no_more_does_not_come_again
     def fail(window):
         raise ValueError
 
-    stream.append_many(events((25, 'x'), (1, 'y'), (20, 'z')))
-    options = {'interval': 10, 'lateness': 5, **EVENT}
+    stream.append_many(events((25, 'x'), (1, 'y'), (20, 'z'), (26, 'x')))
+    options = {'interval': 10, 'lateness': 16, **EVENT}
     emitter_of(stream, fail, max_attempts=1, **options)._run_once()
     assert getattr(stream.dead_letters(), then)() == 1
     assert run(stream, **options) == ([(0, 10, 'y', [1])] if then == 'replay' else [])
     assert run(stream, **options) == []
     stream.append_many(events((100, 'x')))
-    assert run(stream, **options) == [(20, 30, 'x', [25]), (20, 30, 'z', [20])]
+    assert run(stream, **options) == [(20, 30, 'x', [25, 26]), (20, 30, 'z', [20])]
     assert db.window.count_documents({'status': {'$ne': 'void'}}) == 0
 
 
@@ -301,7 +301,7 @@ class Failing:
 
 def test_another_kind_of_window_goes_on_without_losing_what_was_still_open(stream):
     stream.append_many(events((25, 'x'), (1, 'y'), (26, 'z'), (31, 'w'), (32, 'w')))
-    assert run(stream, interval=10, timestamp='time', key='sensor.id', lateness=5) == [(0, 10, 'y', [1])]
+    assert run(stream, interval=10, timestamp='time', key='sensor.id', lateness=20) == [(0, 10, 'y', [1])]
     assert {at for *_, seen in run(stream, size=1) for at in seen} >= {25, 26, 31, 32}
     stream.append_many(events((50, 'x')))
     assert run(stream, size=1) == [(None, None, None, [50])]

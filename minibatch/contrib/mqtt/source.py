@@ -88,7 +88,7 @@ class MQTTSource:
     The broker keeps a session, and all messages for it, until it is told otherwise: a client_id that is used no more
     fills the broker, and topics of an earlier run stay subscribed. A client_id is for one process at a time. The
     consumers of one group take turns, so they share one. With it, the messages of all runs also come to the stream from
-    one producer; without, each run is a new one, and event time waits 30 seconds for the last.
+    one producer; without, each run is a new one, and event time waits ``idle=`` seconds for the last.
 
     The connection is made again when it is lost, after 1, 2, 4 ... 60 seconds. With each new subscription a broker
     sends the retained messages of the topics, marked ``'retain': True``, so they come again after each start (with
