@@ -20,7 +20,7 @@ PACKAGE = ROOT / 'minibatch'
 
 # Imports point from a higher level to the same or a lower one. '' is the package itself, __init__.py.
 LEVELS = {
-    0: {'errors', 'abc', 'clock', 'signals'},
+    0: {'errors', 'abc', 'clock', 'jsontext', 'signals'},
     1: {'connection', 'embedded', 'unreadable', 'store', 'ledger', 'dead', 'fields', 'marshaller', 'metrics'},
     2: {'backlog', 'settings', 'lease', 'messages', 'models', 'groups', 'producer', 'named',
         'attached', 'tail'},
@@ -35,7 +35,7 @@ MAY_HOLD_OPERATORS = {
     'store', 'ledger', 'dead', 'contrib.mongodb.sink', 'contrib.mongodb.polling', 'contrib.mongodb.changes',
 }
 DBREF_FIELDS = {'$ref', '$id', '$db'}  # names inside a value, which tell MongoDB to do nothing
-PUBLIC_TO_CONTRIB = {'', 'abc', 'connection', 'errors', 'contrib'}
+PUBLIC_TO_CONTRIB = {'', 'abc', 'connection', 'errors', 'jsontext', 'contrib'}
 
 
 def room(module):

@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from itertools import chain
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
+
+from .. import jsontext
 
 CHUNK = 1 << 20
 BOM = b'\xef\xbb\xbf'
@@ -117,7 +119,7 @@ def _load(raw: bytes) -> Any:
     try:
         text = raw.decode()
         if '"$' not in text:
-            return DECODER.decode(text)
+            return jsontext.loads(text)
         return _extended(text)
     except json.JSONDecodeError as exc:
         place = f'line {exc.lineno} column {exc.colno}' if b'\n' in raw else f'column {exc.colno}'
@@ -126,13 +128,6 @@ def _load(raw: bytes) -> Any:
         raise ValueError(f'not UTF-8: byte {raw[exc.start]:#04x} at column {exc.start + 1}') from None
     except RecursionError:
         raise ValueError('nested too deeply') from None
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f'not JSON: {constant} is no number of it')
-
-
-DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
 @cache

@@ -490,11 +490,12 @@ def sink(broker):
 def test_each_mapping_is_one_message(broker, sink, qos, protocol):
     with listening(broker) as got:
         to = sink(qos=qos, protocol=protocol)
-        to.put({'a': 'ü'})
+        to.put({'a': 'ü', 'n': float('nan')})
         to.put(iter([{'b': i} for i in range(2500)]))
         to.put([])
         eventually(lambda: len(got) == 2501)
-    assert got == [('results', {'a': 'ü'}, qos, False)] + [('results', {'b': i}, qos, False) for i in range(2500)]
+    expected = [{'a': 'ü', 'n': None}, *({'b': i} for i in range(2500))]
+    assert got == [('results', message, qos, False) for message in expected]
     assert broker.said('New client connected') == 2
 
 
@@ -522,7 +523,7 @@ def test_a_result_is_retained_on_request(broker, sink):
 @pytest.mark.parametrize(('result', 'message'), [
     (7, 'a mapping or a list of mappings, not int'), ('text', 'not str'), ([{}, 1], 'item 1 is of type int'),
     ([{}, {'a': 1, 'at': datetime(2020, 1, 1)}], "'at' of item 1 is no JSON: .*datetime"),
-    ({'a': float('nan')}, "'a' of item 0 is no JSON"), ({'a': '\ud800'}, "'a' of item 0 is no JSON"),
+    ({'n': float('nan'), 'a': object()}, "'a' of item 0 is no JSON"), ({'a': '\ud800'}, "'a' of item 0 is no JSON"),
     ({(1, 2): 3}, 'item 0 is no JSON: keys must be str'),
 ])
 def test_what_cannot_be_sent_is_named_and_nothing_is_sent(broker, sink, result, message):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, NoReturn
+from typing import Any
 
 from bson import json_util
 from bson.binary import UuidRepresentation
 
+from minibatch import jsontext
 from minibatch.errors import DataError
 
 LINES_TYPES = {'application/x-ndjson', 'application/ndjson', 'application/jsonl', 'application/x-jsonlines'}
@@ -56,7 +57,7 @@ def placed(exc: DataError, places: list[str]) -> DataError:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return jsontext.loads(text)
     except RecursionError:
         raise DataError(f'{where} is nested too deeply') from None
     except json.JSONDecodeError as exc:
@@ -64,10 +65,6 @@ def _parse(text: str, where: str) -> Any:
         raise DataError(f'{where} is no JSON: {exc.msg} at {place}') from None
     except ValueError as exc:
         raise DataError(f'{where} is no JSON: {exc}') from None
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f'{constant} is no number of JSON')
 
 
 def _message(found: Any, where: str) -> dict[str, Any]:

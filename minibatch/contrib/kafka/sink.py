@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from bson import Decimal128, ObjectId
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
+from minibatch import jsontext
 from minibatch.errors import ArgumentError, DataError
 
 from .client import TOPIC_NAME, checked_configs, checked_topic, checked_urls, coder, opened
@@ -37,8 +37,8 @@ class KafkaSink:
     sent again: nothing is lost, and some may come twice. Return the ``window.id`` with the result to recognise them.
 
     A message becomes JSON; datetimes are in ISO 8601 (without a zone they are UTC, as in MongoDB), ids and decimal
-    numbers are text. The key decides the partition, and so the order: of messages with equal keys it is that of the
-    windows.
+    numbers are text, and NaN and infinities, which JSON has not, are null. The key decides the partition, and so the
+    order: of messages with equal keys it is that of the windows.
 
     Args:
         topic: the name of the topic, or a function of the message which returns it.
@@ -195,7 +195,7 @@ def _key_bytes(key: Any) -> Any:
 
 def _to_json(message: Any) -> bytes:
     try:
-        return json.dumps(message, default=_plain, allow_nan=False, ensure_ascii=False).encode()
+        return jsontext.dumps(message, _plain)
     except (TypeError, ValueError, RecursionError) as exc:
         raise _UnfitError(_culprit(message, '') or str(exc)) from None
 
@@ -222,7 +222,7 @@ def _culprit(value: Any, path: str) -> str:
             inner = enumerate(value)
         for name, each in inner:
             try:
-                json.dumps({name: each}, default=_plain, allow_nan=False)
+                jsontext.dumps({name: each}, _plain)
             except (TypeError, ValueError) as exc:
                 field = f'{path}.{name}' if path else f'{name}'
                 return _culprit(each, field) or f'field {field!r}: {exc}'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 import threading
@@ -17,6 +16,7 @@ from kafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRange
 from kafka.structs import OffsetAndMetadata
 
 import minibatch as mb
+from minibatch import jsontext
 from minibatch.abc import SourceMessage
 from minibatch.errors import ArgumentError, OvertakenError
 
@@ -114,7 +114,7 @@ class KafkaSource:
         self._reset = self._configs.pop('auto_offset_reset')
         if self._reset not in ('earliest', 'latest', 'none'):
             raise ArgumentError(f"auto_offset_reset must be 'earliest', 'latest' or 'none', not {self._reset!r}")
-        self._value = coder(self._configs, 'value_deserializer', json.loads)
+        self._value = coder(self._configs, 'value_deserializer', jsontext.loads)
         self._key = coder(self._configs, 'key_deserializer', _text)
         self._cancelled = threading.Event()
 

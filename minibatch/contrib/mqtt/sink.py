@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from minibatch import jsontext
 from minibatch.errors import ArgumentError, DataError
 
 from .broker import BATCH_MESSAGES, CONNECT_TIMEOUT, Broker, Client, check_bool, check_qos, check_topic, refusal
@@ -18,7 +18,8 @@ HEADER_BYTES = 16
 class MQTTSink:
     """A sink that publishes the result of each window to an MQTT broker.
 
-    A mapping becomes one MQTT message, a list (or other iterable) of mappings one each, as JSON. `put` returns when the
+    A mapping becomes one MQTT message, a list (or other iterable) of mappings one each, as JSON; NaN and infinities,
+    which JSON has not, are null in it. `put` returns when the
     broker has acknowledged all of them (with ``qos=0``: when they are sent, which proves nothing). When the connection
     is lost meanwhile, the window is tried again, and what had arrived is published a second time.
 
@@ -198,7 +199,7 @@ class _Publisher(Client):
 
 def _encode(value: Any, item: int) -> bytes:
     try:
-        return json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        return jsontext.dumps(value)
     except (TypeError, ValueError, RecursionError) as exc:
         fields = value if isinstance(value, Mapping) else {}
         wrong = next((f'{name!r} of ' for name, inner in fields.items() if not _is_json(inner)), '')
@@ -207,7 +208,7 @@ def _encode(value: Any, item: int) -> bytes:
 
 def _is_json(value: Any) -> bool:
     try:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        jsontext.dumps(value)
     except (TypeError, ValueError, RecursionError):
         return False
     return True

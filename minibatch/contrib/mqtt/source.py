@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import secrets
 import threading
@@ -17,6 +16,7 @@ from paho.mqtt import client as mqtt
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from minibatch import jsontext
 from minibatch.abc import SourceMessage
 from minibatch.errors import ArgumentError
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PAYLOADS: dict[str, Callable[[bytes], Any]] = {'json': json.loads, 'text': bytes.decode, 'raw': bytes}
+PAYLOADS: dict[str, Callable[[bytes], Any]] = {'json': jsontext.loads, 'text': bytes.decode, 'raw': bytes}
 CANCEL_PAUSE = 0.2
 SAID_PAUSE = 60.0
 
