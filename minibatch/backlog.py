@@ -17,6 +17,8 @@ import pymongo
 from pymongo.errors import PyMongoError
 
 from . import ledger, store
+from .connection import LEAST_TIMEOUT, reason_of
+from .errors import UnreachableError
 from .settings import Settings
 from .store import DB, Span
 
@@ -103,19 +105,27 @@ class Room:
         """Whether this very thread takes room, and was interrupted."""
         return bool(self._lock._is_owned())  # type: ignore[attr-defined]
 
-    def take(self, wanted: int, limits: Limits) -> int:
-        """Take room for at most `wanted` messages; returns for how many there was."""
+    def take(self, wanted: int, limits: Limits, deadline: float) -> int:
+        """Take room for at most `wanted` messages; returns for how many there was.
+
+        Raises:
+            UnreachableError: if MongoDB has not said by `deadline`, in monotonic time, how many messages wait.
+        """
         most = limits.max_backlog
         if most is None:
             return wanted
-        with self._lock:
+        if not self._lock.acquire(timeout=max(deadline - time.monotonic(), 0)):
+            raise UnreachableError('another append waits to know how many messages wait')
+        try:
             age = time.monotonic() - self._counted
             if age > MAX_AGE or (age > MIN_AGE and self._backlog + wanted > most):
-                self._recount(limits)
+                self._recount(limits, deadline)
                 most = limits.max_backlog
             taken = wanted if most is None else max(min(wanted, most - self._backlog), 0)
             self._backlog += taken
             return taken
+        finally:
+            self._lock.release()
 
     def describe(self, stream: str, limits: Limits, waited: bool) -> str:
         """Why there is no room, also after it was `waited` for, and what to do."""
@@ -126,14 +136,17 @@ class Room:
             f'which must be more than a window holds; then try again'
         )
 
-    def _recount(self, limits: Limits) -> None:
+    def _recount(self, limits: Limits, deadline: float) -> None:
         """Count again, by the limit that holds now: another process may have set or unset it."""
         try:
-            with pymongo.timeout(limits.timeout):
+            with pymongo.timeout(max(deadline - time.monotonic(), LEAST_TIMEOUT)):
                 if limits.settings is not None:
                     limits.settings.read()
                 if limits.max_backlog is not None:
                     self._backlog = self._count(limits.max_backlog)
-        except PyMongoError as exc:  # the append itself will find out what is wrong
+        except PyMongoError as exc:
+            if time.monotonic() >= deadline or exc.timeout:
+                raise UnreachableError(reason_of(exc)) from exc
+            # the append itself will find out what is wrong
             logger.warning('the backlog could not be counted, trying again: %s', exc)
         self._counted = time.monotonic()

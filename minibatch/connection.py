@@ -7,12 +7,13 @@ it is made on first use in each process, and shared by all who mean the same dat
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,13 @@ DEFAULT_ALIAS = 'minibatch'
 URL_VARIABLES = ('MINIBATCH_MONGO_URL', 'MONGO_URL')
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 1.0
-SOCKET_TIMEOUT_MS = 120_000
+LEAST_TIMEOUT = 0.001
+DEFAULTS: dict[str, Any] = {
+    'appName': 'minibatch',
+    'datetime_conversion': 'DATETIME_AUTO',  # a time beyond the year 9999 must not stop a reader
+    'socketTimeoutMS': 120_000,  # a server that is frozen must not hold us for ever
+    'uuidRepresentation': 'standard',
+}
 MAJORITY = WriteConcern('majority')
 UNAUTHORIZED = 13
 NO_PRIMARY = re.compile(r'(?i)\bnot? primary|Primary\(\)')
@@ -50,6 +57,7 @@ PASSING_CODES = {
     6,  # HostUnreachable
     7,  # HostNotFound
     43,  # CursorNotFound
+    50,  # MaxTimeMSExpired
     89,  # NetworkTimeout
     91,  # ShutdownInProgress
     134,  # ReadConcernMajorityNotAvailableYet
@@ -137,13 +145,22 @@ class Target:
             write_concern=write_concern,
         )
 
-    def check(self) -> None:
-        """Raise `UnreachableError`, naming the address, if the server does not answer."""
+    def within(self, seconds: float) -> AbstractContextManager[None]:
+        """What is asked of MongoDB in this block takes no longer, down to the driver's last wait."""
+        return nullcontext() if self.is_mock else pymongo.timeout(max(seconds, LEAST_TIMEOUT))
+
+    def check(self, timeout: float = math.inf) -> None:
+        """Raise `UnreachableError`, naming the address, if the server does not answer in time.
+
+        In time is within `timeout` seconds, and within the ``serverSelectionTimeoutMS`` of the URL, 10 s by default.
+        """
         global _first
         try:
             if not self.is_mock:
                 client = self.client
-                with pymongo.timeout(min(CONNECT_TIMEOUT, client.options.server_selection_timeout)):
+                given = 'serverselectiontimeoutms' in _given(self.url, dict(self.options))
+                longest = client.options.server_selection_timeout if given else CONNECT_TIMEOUT
+                with self.within(min(timeout, longest)):
                     client.admin.command('ping')
         except PyMongoError as exc:
             raise UnreachableError(f'MongoDB does not answer at {self.explain(exc)}') from None
@@ -392,11 +409,8 @@ def _connect(url: str, options: dict[str, Any]) -> MongoClient[dict[str, Any]]:
     if _is_mock(url):
         mock: MongoClient[dict[str, Any]] = _mock_client()
         return mock
-    options.setdefault('uuidRepresentation', 'standard')
-    options.setdefault('datetime_conversion', 'DATETIME_AUTO')  # a time beyond the year 9999 must not stop a reader
-    options.setdefault('appname', 'minibatch')
-    if 'sockettimeoutms=' not in url.lower():  # a server that is frozen must not hold us for ever
-        options.setdefault('socketTimeoutMS', SOCKET_TIMEOUT_MS)
+    given = _given(url, options)
+    options |= {name: value for name, value in DEFAULTS.items() if name.lower() not in given}
     try:
         client: MongoClient[dict[str, Any]] = MongoClient(url, **options)
     except (InvalidURI, ConfigurationError, ValueError, TypeError) as exc:
@@ -405,6 +419,11 @@ def _connect(url: str, options: dict[str, Any]) -> MongoClient[dict[str, Any]]:
         client.close()
         raise ArgumentError(f'w=0 in {masked(url)} would lose messages unseen; use w=1 or w=majority')
     return client
+
+
+def _given(url: str, options: dict[str, Any]) -> set[str]:
+    """The options of the client that the URL or a call has, in lower case: no default of ours takes their place."""
+    return {name.lower() for name, _ in [*parse_qsl(urlsplit(url).query, keep_blank_values=True), *options.items()]}
 
 
 def _is_mock(url: str) -> bool:

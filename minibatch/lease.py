@@ -58,16 +58,17 @@ class Lease:
         self._released.set()
         self._thread.join()
         if not self._lost:
-            with suppress(PyMongoError):  # then it runs out by itself
+            with suppress(PyMongoError), self._target.within(self._seconds):  # then it runs out by itself
                 ledger.release_lease(self._target.majority, self._stream, self._group, self.epoch, clean)
 
     def _renew(self) -> None:
         while not self._released.wait(self._seconds / 4):
             asked = time.monotonic()
             try:
-                server_time = ledger.renew_lease(
-                    self._target.majority, self._stream, self._group, self.epoch, self._seconds
-                )
+                with self._target.within(self._seconds):
+                    server_time = ledger.renew_lease(
+                        self._target.majority, self._stream, self._group, self.epoch, self._seconds
+                    )
             except LeaseLostError:
                 self._lost = True
                 return

@@ -259,8 +259,8 @@ class Stream(_Model):
             on_full: what an append does when there are so many: 'block' (the default) waits for room, up to
                 `timeout`, 'raise' raises `BacklogFullError` at once.
             timeout: seconds that an append by this handle waits for room, and then again for MongoDB to confirm,
-                while it is not reachable or its disk is full; 60 by default. Of a server that takes the connection
-                and never answers, the ``socketTimeoutMS`` of the URL is the limit of one attempt.
+                while it does not answer or its disk is full; 60 by default. It holds down to the last wait of the
+                driver. So long this call waits, too, but for an index that is to be made, and at most 30 s.
             group_expiry: seconds after which messages no longer wait for a consumer group that nobody runs; without
                 it they do so for ever.
             cnx_kwargs: further options of `pymongo.MongoClient`.
@@ -282,42 +282,49 @@ class Stream(_Model):
         return cls._open(name, target(url, **(cnx_kwargs or {})), stored, **own)
 
     @classmethod
-    def find(cls, name: str, url: str | None = None, **cnx: Any) -> Stream:
+    def find(cls, name: str, url: str | None = None, timeout: float | None = None, **cnx: Any) -> Stream:
         """Open a stream that exists.
 
         Args:
             name: the name of the stream.
             url: a MongoDB URL, see `connectdb` for what holds without one.
+            timeout: seconds, see `get_or_create`.
             cnx: further options of `pymongo.MongoClient`.
 
         Raises:
             ArgumentError: if there is none of this name; it names up to 10 that there are.
             UnreachableError: if MongoDB does not answer.
         """
+        own = _given(timeout=timeout)
         check_name('the name of a stream', name)
+        check_options(own)
         where = target(url, **cnx)
-        where.check()
-        if not store.find_stream(where.majority, name):
-            names = store.stream_names(where.majority, 11)
-            listed = ', '.join(map(repr, names[:10])) + (' and more' if len(names) > 10 else '')
-            raise ArgumentError(f'database {where.dbname!r} has no stream {name!r}; there are: {listed or "none"}')
-        return cls._open(name, where, {})
+        patience = min(OPEN_TIMEOUT, timeout or TIMEOUT)
+        where.check(patience)
+        with where.within(patience):
+            if not store.find_stream(where.majority, name):
+                names = store.stream_names(where.majority, 11)
+                listed = ', '.join(map(repr, names[:10])) + (' and more' if len(names) > 10 else '')
+                raise ArgumentError(f'database {where.dbname!r} has no stream {name!r}; there are: {listed or "none"}')
+        return cls._open(name, where, {}, **own)
 
     @classmethod
     def _open(
         cls, name: str, where: Target, options: dict[str, Any],
         batchsize: int = 1, linger: float = 1.0, timeout: float = TIMEOUT,
     ) -> Stream:  # fmt: skip
-        where.check()
+        patience = min(OPEN_TIMEOUT, timeout)
+        where.check(patience)
         unset = {option for option, value in options.items() if value is None}
-        if options.get('on_full') is not None:
-            if not {**store.find_stream(where.majority, name), **options}.get('max_backlog'):
-                raise ArgumentError(f'on_full goes with max_backlog, which stream {name!r} has not; give both')
-        elif 'max_backlog' in unset:
-            options = {**options, 'on_full': None}
-        if 'max_age' in unset:
-            ledger.forget_cleaned(where.majority, name)
-        doc = _opened(where, name, options)
+        with where.within(patience):
+            if options.get('on_full') is not None:
+                if not {**store.find_stream(where.majority, name), **options}.get('max_backlog'):
+                    raise ArgumentError(f'on_full goes with max_backlog, which stream {name!r} has not; give both')
+            elif 'max_backlog' in unset:
+                options = {**options, 'on_full': None}
+            if 'max_age' in unset:
+                ledger.forget_cleaned(where.majority, name)
+        doc = _opened(where, name, options, patience)
         stream: Stream = cls._from_son(doc).bound_to(where)
         stream._batchsize, stream._linger = batchsize, linger
         stream._limits = Limits(timeout, settings.opened(where, name, doc))
@@ -611,18 +618,19 @@ class Stream(_Model):
         settings.opened(self.target, self.name, doc)
 
 
-def _opened(where: Target, name: str, options: dict[str, Any]) -> dict[str, Any]:
+def _opened(where: Target, name: str, options: dict[str, Any], timeout: float) -> dict[str, Any]:
     """The document of a stream, which is created if need be; a fail-over in between is waited for."""
-    deadline, told = time.monotonic() + OPEN_TIMEOUT, False
+    deadline, told = time.monotonic() + timeout, False
     while True:
         try:
-            store.ensure_indexes(where.db)
-            return store.open_stream(where.majority, name, options, clock.now())
+            store.ensure_indexes(where.db)  # a limit would stop one that is being made for what is there already
+            with where.within(deadline - time.monotonic()):
+                return store.open_stream(where.majority, name, options, clock.now())
         except PyMongoError as exc:
             if not is_passing(exc) or time.monotonic() > deadline:
                 raise ServerError(f'stream {name!r} cannot be opened at {where.explain(exc)}') from exc
             if not told:
-                logger.warning('stream %r is not open yet, trying for %g s: %s', name, OPEN_TIMEOUT, reason_of(exc))
+                logger.warning('stream %r is not open yet, trying for %g s: %s', name, timeout, reason_of(exc))
             told = True
             time.sleep(OPEN_PAUSE)
 

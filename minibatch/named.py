@@ -14,12 +14,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
 
 import bson
-import pymongo
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import PyMongoError
 
@@ -27,7 +26,15 @@ from . import clock, connection, ledger, settings, store
 from .abc import SourceMessage
 from .backlog import Limits, Room, count_backlog
 from .connection import Target, is_passing, reason_of
-from .errors import ArgumentError, CancelledError, DataError, OvertakenError, PortabilityError, ServerError
+from .errors import (
+    ArgumentError,
+    CancelledError,
+    DataError,
+    OvertakenError,
+    PortabilityError,
+    ServerError,
+    UnreachableError,
+)
 from .producer import INSERT_BYTES, MAX_MESSAGE_BYTES, RENEWED, cuts, encode_both, new_id, tell, to_bson
 
 logger = logging.getLogger(__name__)
@@ -203,7 +210,7 @@ class NamedProducer:
         pause, longest = PAUSES
         while True:
             try:
-                with nullcontext() if self._target.is_mock else pymongo.timeout(ATTEMPT):
+                with self._target.within(ATTEMPT):
                     return attempt()
             except PyMongoError as exc:
                 if not is_passing(exc):
@@ -216,11 +223,20 @@ class NamedProducer:
     def _take_room(self, wanted: int) -> int:
         """Take room for 1 to `wanted` messages."""
         pause, longest = PAUSES
-        while not (taken := self._room.take(wanted, self._limits)):
-            full = self._room.describe(self._stream, self._limits, waited=False)
-            self._waits.say('a source waits: %s', full)
+        while not (taken := self._look_for_room(wanted)):
             self._pause(pause)
             pause = min(pause * 1.5, longest)
+        return taken
+
+    def _look_for_room(self, wanted: int) -> int:
+        try:
+            taken = self._room.take(wanted, self._limits, time.monotonic() + ATTEMPT)
+        except UnreachableError as exc:
+            self._waits.say('a source of stream %r waits for MongoDB: %s', self._stream, exc)
+            return 0
+        if not taken:
+            full = self._room.describe(self._stream, self._limits, waited=False)
+            self._waits.say('a source waits: %s', full)
         return taken
 
     def _pause(self, seconds: float) -> None:

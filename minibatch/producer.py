@@ -34,7 +34,15 @@ from pymongo.errors import PyMongoError
 from . import clock, store
 from .backlog import TIMEOUT, Limits, Room, count_backlog
 from .connection import Target, is_passing, masked, reason_of
-from .errors import BacklogFullError, DataError, MinibatchError, ReentranceError, ServerError, UnconfirmedError
+from .errors import (
+    BacklogFullError,
+    DataError,
+    MinibatchError,
+    ReentranceError,
+    ServerError,
+    UnconfirmedError,
+    UnreachableError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +134,7 @@ class Entry:
     ) -> None:
         self.datas, self.times, self.meta = datas, times, meta
         self.stays = stays  # whether it stays queued after a failure: its caller has returned, or was told so
+        self.timeout = 0.0  # how long its caller waits for it
         self.written = 0
         self.failure: Failure | None = None
 
@@ -185,6 +194,7 @@ class Producer:
                 partial = self._partial
                 if partial is None:
                     partial = self._partial = Entry([], [], [], stays=True)
+                    partial.timeout = limits.timeout
                     self._partial_due = time.monotonic() + linger
                     self._start_thread()
                 at = len(partial.datas)
@@ -223,8 +233,8 @@ class Producer:
             self._deliver(Entry(part, [clock.now()] * len(part), meta[start:end]), limits.timeout, far)
             start = end
 
-    def flush(self, timeout: float = TIMEOUT) -> None:
-        """Write all that is queued, and return when it is acknowledged."""
+    def flush(self, timeout: float | None = None) -> None:
+        """Write all that is queued, and return when it is acknowledged; without a limit, that of who appended it."""
         try:
             failure = self._flush(timeout)
         except BaseException as exc:  # such as Ctrl-C
@@ -234,14 +244,14 @@ class Producer:
         if failure and queued:  # else it was of an append that says so itself
             raise failure.error(written=0, queued=queued)
 
-    def _flush(self, timeout: float) -> Failure | None:
+    def _flush(self, timeout: float | None) -> Failure | None:
         self._refuse_reentrance()
         with self._lock:
             self._seal_partial()
             unwritten = self._unwritten()
             for entry in unwritten:
                 entry.failure = None
-        return self._await(unwritten[-1], timeout) if unwritten else None
+        return self._await(unwritten[-1], _patience(unwritten) if timeout is None else timeout) if unwritten else None
 
     def _write_behind(self, timeout: float) -> Failure | None:
         """Have the record batch being filled written by the thread in the background; wait for the one before it."""
@@ -256,11 +266,14 @@ class Producer:
     def _take_room(self, wanted: int, limits: Limits, far: HowFar) -> int:
         """Take room for 1 to `wanted` messages, or raise `BacklogFullError`."""
         self._refuse_reentrance()
+        if limits.max_backlog is None:
+            return wanted
         deadline = time.monotonic() + limits.timeout
         pause, longest = ROOM_PAUSES
-        while not (taken := self._room.take(wanted, limits)):
+        taken = self._look_for_room(wanted, limits, deadline, far)
+        while not taken:
             # A consumer that waits for what is not written yet would wait for ever.
-            if self._partial is not None and (failure := self._flush(limits.timeout)):
+            if self._partial is not None and (failure := self._flush(max(deadline - time.monotonic(), 0))):
                 raise failure.error(far.counts[0], queued=0)
             left = deadline - time.monotonic()
             waits = limits.on_full != 'raise'
@@ -269,7 +282,15 @@ class Producer:
                 raise Failure(BacklogFullError, full).error(far.counts[0], queued=0)
             time.sleep(min(pause, left))
             pause = min(pause * 1.5, longest)
+            with suppress(UnreachableError):  # that there was no room is known
+                taken = self._room.take(wanted, limits, deadline)
         return taken
+
+    def _look_for_room(self, wanted: int, limits: Limits, deadline: float, far: HowFar) -> int:
+        try:
+            return self._room.take(wanted, limits, deadline)
+        except UnreachableError as exc:
+            raise self._unconfirmed(str(exc)).error(far.counts[0], queued=0) from exc
 
     def _count_backlog(self, enough: int) -> int:
         unwritten = self._count_unwritten()
@@ -283,6 +304,7 @@ class Producer:
     def _deliver(self, entry: Entry, timeout: float, far: HowFar) -> None:
         """Return when `entry` is acknowledged."""
         far.begin(entry)
+        entry.timeout = timeout
         try:
             with self._lock:
                 self._seal_partial()
@@ -357,11 +379,12 @@ class Producer:
         pause, longest = RETRY_PAUSES
         while True:
             try:
-                written, refusal = store.insert_records(buffer, records)
-                # An earlier attempt may have stored what is refused now.
-                if refusal and self._unclear and store.is_stored(buffer, records[written]):
-                    return written + 1, ''
-                return written, refusal
+                with self.target.within(deadline - time.monotonic()):
+                    written, refusal = store.insert_records(buffer, records)
+                    # An earlier attempt may have stored what is refused now.
+                    if refusal and self._unclear and store.is_stored(buffer, records[written]):
+                        return written + 1, ''
+                    return written, refusal
             except PyMongoError as exc:
                 self._unclear = self._unclear or is_passing(exc)
                 if not is_passing(exc) or time.monotonic() > deadline:
@@ -430,9 +453,10 @@ class Producer:
             entry.stays = True
         elif not entry.stays and entry in self._queue:
             self._queue.remove(entry)
-        entry.failure = Failure(
-            UnconfirmedError, f'{masked(self.target.url)} did not confirm an append in time ({why})'
-        )
+        entry.failure = self._unconfirmed(why)
+
+    def _unconfirmed(self, why: str) -> Failure:
+        return Failure(UnconfirmedError, f'{masked(self.target.url)} did not confirm an append in time ({why})')
 
     def _unwritten(self) -> list[Entry]:
         return list(dict.fromkeys([*self._entries_in_flight(), *self._queue]))
@@ -455,7 +479,7 @@ class Producer:
                     self._seal_partial()
                 due = [entry for entry in self._unwritten() if entry.stays and not entry.settled]
             try:
-                if due and (failure := self._await(due[-1], TIMEOUT)):
+                if due and (failure := self._await(due[-1], _patience(due))):
                     raise failure.error(written=0, queued=self._count_unwritten())
             except Exception as exc:
                 with self._lock:
@@ -475,6 +499,11 @@ class Producer:
                     self._thread = None
                     return False
             return True
+
+
+def _patience(entries: Iterable[Entry]) -> float:
+    """How long the most patient of those who appended these waits."""
+    return max((entry.timeout for entry in entries), default=TIMEOUT)
 
 
 def new_id() -> str:

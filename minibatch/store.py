@@ -35,7 +35,7 @@ from pymongo import ReturnDocument, UpdateOne, WriteConcern
 from pymongo.client_session import ClientSession
 from pymongo.collection import Collection
 from pymongo.database import Database
-from pymongo.errors import BulkWriteError, DuplicateKeyError
+from pymongo.errors import BulkWriteError, DuplicateKeyError, WriteError
 
 from .clock import aware
 from .connection import is_passing, masked_text
@@ -218,12 +218,16 @@ def insert_records(buffer: Collection[Any], records: list[Any]) -> tuple[int, st
     done = 0
     while done < len(records):
         try:
-            buffer.insert_many(records[done:])
+            if len(records) - done == 1:  # costs the client less
+                buffer.insert_one(records[done])
+            else:
+                buffer.insert_many(records[done:])
             return len(records), ''
-        except BulkWriteError as exc:
+        except (BulkWriteError, WriteError) as exc:
             if is_passing(exc):  # then also what stands before the one that failed may not last
                 raise
-            error = exc.details['writeErrors'][0]
+            details: Any = exc.details
+            error = details.get('writeErrors', [details])[0]
             done += error['index']
             if error['code'] != DUPLICATE_KEY or not is_stored(buffer, records[done]):
                 return done, error['errmsg']

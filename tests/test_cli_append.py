@@ -14,7 +14,7 @@ import psutil
 import pytest
 from bson.datetime_ms import DatetimeMS
 from click.testing import CliRunner
-from servers import Proxy, eventually
+from servers import Mongod, Proxy, eventually
 
 import minibatch as mb
 from minibatch.cli import main, reading
@@ -151,7 +151,7 @@ def test_what_is_not_confirmed_is_said_and_no_other_message_is_lost_or_doubled(m
     values = [{'n': n} for n in range(50)]
     with Proxy(mongod.port) as proxy:
         where = proxy.url(url.rpartition('/')[2].partition('?')[0]) + '&serverSelectionTimeoutMS=1000'
-        with program('append', 's', '--url', where, '--timeout', '1', '--json') as process:
+        with program('append', 's', '--url', where, '--timeout', '3', '--json') as process:
             process.stdin.write(ndjson(*values[:20]))
             process.stdin.flush()
             eventually(lambda: len(stored(url)) == 20)
@@ -160,12 +160,24 @@ def test_what_is_not_confirmed_is_said_and_no_other_message_is_lost_or_doubled(m
             process.stdin.write(ndjson(*values[20:]))
             process.stdin.close()
             said = json.loads(process.stdout.readline())
-            proxy.allow()  # it tries again at its end
+            proxy.allow()  # it tries again at its end, for three seconds
             assert process.wait(90) == 1
             line = process.stderr.read().decode().splitlines()[-1]
     assert (said['appended'], said['go_on_from'], said['unconfirmed']) == (20, 21, 30)
     assert line.endswith('lines 21 to 50 may be stored or not. Go on with --from 21 or 51')
-    assert stored(url) == values
+    assert stored(url) in (values, values[:20])
+
+
+def test_an_append_ends_in_its_time_when_mongodb_dies():
+    with Mongod() as server, program('append', 's', '--url', server.url('test'), '--timeout', '0.5') as process:
+        process.stdin.write(ndjson({'n': 1}))
+        process.stdin.flush()
+        eventually(lambda: len(stored(server.url('test'))) == 1)
+        server.kill()
+        process.stdin.write(ndjson({'n': 2}))
+        process.stdin.close()
+        assert process.wait(25) == 1  # the driver alone would wait for 30 s, and the end of the process for 60
+        assert b'Go on with --from 2 or 3' in process.stderr.read()
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])

@@ -5,6 +5,7 @@ import threading
 import uuid
 from collections import OrderedDict, UserDict
 from datetime import datetime
+from functools import partial
 
 import bson
 import pytest
@@ -14,7 +15,7 @@ from servers import Mongod, Proxy, eventually
 
 import minibatch as mb
 from minibatch import producer
-from minibatch.errors import DataError, ServerError, UnconfirmedError
+from minibatch.errors import DataError, ServerError, UnconfirmedError, UnreachableError
 from minibatch.producer import RECORD_BYTES, RECORD_MESSAGES, encode, encode_both, encode_meta
 
 OUT_OF_DISK_SPACE = 14031
@@ -279,6 +280,49 @@ def test_a_full_batch_is_written_while_the_next_one_is_filled_and_no_third_one_p
     third.join(20)
     stream.flush()
     prove_log(own, 's', {0: 6})
+
+
+def in_time(call, *args):
+    """What a call raises that must end long before the driver's own limits, of 30 s and more."""
+    raised = []
+
+    def run():
+        try:
+            call(*args)
+        except Exception as exc:
+            raised.append(exc)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(25)
+    assert not thread.is_alive(), f'{call} waits for longer than its timeout'
+    return raised[0] if raised else None
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize('how', ['kill', 'pause'])
+def test_a_timeout_holds_down_to_the_last_wait_of_the_driver_when_mongodb_is_gone(how):
+    with Mongod() as server:
+        url = server.url('test')
+        plain, batched, limited = (
+            mb.stream(name, url=url, timeout=0.3, **options)
+            for name, options in [('plain', {}), ('batched', {'batchsize': 10}), ('limited', {'max_backlog': 10**6})]
+        )
+        for stream in (plain, batched, limited):
+            stream.append({'i': 0})
+            stream.flush()
+        getattr(server, how)()
+        limited._producer._room._counted = 0.0
+        failed = in_time(plain.append, {'i': 1})
+        assert (type(failed), failed.queued) == (UnconfirmedError, 1)
+        assert type(in_time(plain.flush)) is UnconfirmedError
+        failed = in_time(limited.append, {'i': 1})
+        assert (type(failed), failed.written, failed.queued) == (UnconfirmedError, 0, 0)
+        assert in_time(batched.append, {'i': 1}) is None
+        assert type(in_time(batched.close)) is UnconfirmedError
+        assert type(in_time(partial(mb.stream, 'new', url=url, timeout=0.3))) is UnreachableError
+        assert type(in_time(mb.Stream.find, 'plain', url, 0.3)) is UnreachableError
+        assert type(in_time(plain._producer.flush)) is UnconfirmedError  # as at the end of the process
 
 
 @pytest.mark.integration

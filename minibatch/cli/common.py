@@ -34,11 +34,11 @@ def find_stream(name: str, url: str | None) -> Stream:
     return Stream.find(name, url)
 
 
-def find_target(url: str | None) -> Target:
+def find_target(url: str | None, timeout: float | None = None) -> Target:
     from .. import connection
 
     where = connection.target(url)
-    where.check()
+    where.check(connection.CONNECT_TIMEOUT if timeout is None else timeout)
     return where
 
 

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
               help='Messages per append, at most. What has arrived is not held back to fill one.')  # fmt: skip
 @click.option('--from', 'start', type=click.IntRange(1), default=1, metavar='N',
               help='Begin with line N, or item N of a JSON array, counted from 1.')  # fmt: skip
-@click.option('--timeout', type=click.FloatRange(0.1, 86400), default=60, show_default=True, help='Seconds to wait for '
-              'room, if the stream has a max_backlog, and for MongoDB to confirm.')  # fmt: skip
+@click.option('--timeout', type=click.FloatRange(0.1, 86400), default=60, show_default=True,
+              help='Seconds to wait for room, if the stream has a max_backlog, and for MongoDB to confirm; and once '
+              'more, at the end, for what is not confirmed.')  # fmt: skip
 @url_option
 @as_json
 def append(
@@ -57,7 +58,7 @@ def append(
     from ..models import check_name
 
     check_name('the name of a stream', name)
-    find_target(url)
+    find_target(url, timeout)
     source = Input(file)
     work = Appending(name, url, source, batch, timeout)
     began = time.monotonic()

@@ -165,6 +165,22 @@ def test_without_a_database_the_app_says_so_and_recovers(make, quick):
         eventually(lambda: client.post('/streams/test', json={'i': 1}, headers=AUTH).status_code == 201)
 
 
+@pytest.mark.parametrize('how', ['kill', 'pause'])
+def test_the_timeout_of_an_app_holds_down_to_the_last_wait_of_the_driver(make, how):
+    with Mongod() as server:
+        app = make(uri=server.url('test'), timeout=0.5)
+        mb.stream('known', url=app.url).append({'i': 0})
+        with served_by('waitress', app) as host:
+            assert request(host, 'POST', '/append?stream=test') == (201, {'appended': 1})
+            getattr(server, how)()
+            for method, path in [
+                ('POST', '/append?stream=test'), ('POST', '/append?stream=known'), ('GET', '/dead'),
+                ('GET', '/dead?stream=known'), ('GET', '/tail?stream=known'), ('POST', '/dead/replay?id=known/x/1'),
+            ]:
+                status, said = request(host, method, path)  # which waits for 20 s, the driver for 30 and more
+                assert (status, bool(said['error'])) == (503, True), path
+
+
 def test_a_frozen_database_holds_no_request_for_long(make, quick, monkeypatch):
     monkeypatch.setattr(watching, 'ANSWER_TIMEOUT', 0.5)
     with Mongod() as server:

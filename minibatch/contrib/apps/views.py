@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import pymongo
 from flask import Response, request
 from pymongo.errors import PyMongoError
 from werkzeug.exceptions import HTTPException
@@ -32,6 +33,7 @@ LETTERS = 20
 SHOWN_MESSAGES = 10
 MAX_LOADED = 10_000
 RETRY_SECONDS = 5
+TAIL_TIMEOUT = 5.0
 SAFE = ''.join(map(chr, range(0x20, 0x7F))).replace('%', '')  # in the id of an event, which is a line
 
 
@@ -122,10 +124,10 @@ class _Views:
         self._guard.check_reader()
         given = asked('stream', 'last') if name is None else asked('last')
         last = number(given, 'last', 10, 1000)
-        stream = _found(_stream_name(name, given, 'tail'), self._app.url)
+        stream = self._found(_stream_name(name, given, 'tail'))
         if not self._seats.acquire(blocking=False):
             raise Refused(503, f'{self._app.listeners} others listen already', Retry_After=str(RETRY_SECONDS))
-        messages = stream.tail(last=last)
+        messages = _patiently(stream.tail(last=last), max(self._app.timeout, TAIL_TIMEOUT))
         response = Response(self._events(messages), content_type='text/event-stream')
         response.headers['X-Accel-Buffering'] = 'no'
         response.call_on_close(self._seats.release)
@@ -154,10 +156,23 @@ class _Views:
             raise Refused(400, 'group goes with stream')
         limit = number(given, 'limit', LETTERS, MAX_LETTERS)
         found: list[mb.DeadLetter] = []
-        for stream in [name] if name is not None else [stream.name for stream in mb.status(self._app.url)]:
-            found += _found(stream, self._app.url).dead_letters(group)
+        streams = [self._found(name)] if name is not None else map(self._found, self._names())
+        for stream in streams:
+            with pymongo.timeout(self._app.timeout):
+                found += stream.dead_letters(group)
         found.sort(key=lambda letter: (letter.failed, letter.number), reverse=True)
-        return _answer({'count': len(found), 'dead': list(map(_letter, found[:limit]))})
+        with pymongo.timeout(self._app.timeout):
+            return _answer({'count': len(found), 'dead': list(map(_letter, found[:limit]))})
+
+    def _names(self) -> list[str]:
+        with pymongo.timeout(self._app.timeout):
+            return [stream.name for stream in mb.status(self._app.url)]
+
+    def _found(self, name: str) -> mb.Stream:
+        try:
+            return mb.Stream.find(name, self._app.url, timeout=self._app.timeout)
+        except ArgumentError as exc:
+            raise Refused(404, str(exc)) from None
 
     # --- what writers may do
 
@@ -196,7 +211,7 @@ class _Views:
         self._guard.check_writer()
         given = asked('id', 'stream', 'group') if id_ is None else asked()
         if given.keys() == {'stream', 'group'}:
-            letters = _found(given['stream'], self._app.url).dead_letters(given['group'])
+            letters = self._found(given['stream']).dead_letters(given['group'])
             return _answer({action: getattr(letters, action)()})
         if id_ is not None:
             id_ = path_name(id_, f'/dead/{action}', 'id')
@@ -207,7 +222,7 @@ class _Views:
         name, group = [*id_.rsplit('/', 2)[:-1], '', ''][:2]
         found: Iterable[mb.DeadLetter] = ()
         with suppress(ArgumentError):  # there is no such stream or group, or this is no id
-            found = mb.Stream.find(name, self._app.url).dead_letters(group)
+            found = mb.Stream.find(name, self._app.url, timeout=self._app.timeout).dead_letters(group)
         for letter in found:
             if letter.id == id_:
                 getattr(letter, action)()
@@ -231,19 +246,22 @@ def _letter(letter: mb.DeadLetter) -> dict[str, Any]:
     return {**fields, 'traceback': trace, 'data': data, 'not_shown': why}
 
 
+def _patiently(messages: Iterator[mb.Message | None], seconds: float) -> Iterator[mb.Message | None]:
+    while True:
+        with pymongo.timeout(seconds):
+            try:
+                message = next(messages)
+            except StopIteration:
+                return
+        yield message
+
+
 def _stream_name(in_path: str | None, given: dict[str, str], endpoint: str) -> str:
     if in_path is not None:
         return path_name(in_path, f'/{endpoint}', 'stream')
     if 'stream' not in given:
         raise Refused(400, f'?stream= must name the stream, as in /{endpoint}?stream=readings')
     return given['stream']
-
-
-def _found(name: str, url: str) -> mb.Stream:
-    try:
-        return mb.Stream.find(name, url)
-    except ArgumentError as exc:
-        raise Refused(404, str(exc)) from None
 
 
 def _answer(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
