@@ -79,7 +79,18 @@ class _BoundQuerySet(QuerySet):
             super().__setstate__(state)
 
 
-class _Model(Document):
+class _Apart:
+    """Leaves the names of documents, by which mongoengine finds their classes, to those who use it beside us."""
+
+    _class_name: ClassVar[str]
+    _subclasses: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls) -> None:
+        cls._class_name = f'minibatch:{cls.__name__}'  # what it is registered by, right after this
+        cls._subclasses = (cls._class_name,)
+
+
+class _Model(_Apart, Document):
     meta: ClassVar[dict[str, Any]] = {'abstract': True, 'strict': False, 'auto_create_index': False}
 
     _target: Target | None = None

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 from datetime import datetime, timedelta
 from functools import partial
@@ -360,6 +362,50 @@ def test_a_user_who_may_not_write_is_told_which_role_to_have():
             assert reason in str(said.value)
             assert str(said.value).endswith("name a user who has the role readWrite on the database 'test'.")
     connection.disconnect()
+
+
+# --- beside documents of others
+
+OTHERS = """
+import sys
+import mongoengine as me
+{before}
+class Stream(me.Document):
+    title = me.StringField()
+class Buffer(me.EmbeddedDocument):
+    size = me.IntField()
+class Base(me.Document):
+    meta = {{'allow_inheritance': True}}
+class Window(Base):
+    stream = me.ReferenceField('Stream', reverse_delete_rule=me.CASCADE)
+    any = me.GenericReferenceField()
+    buffers = me.ListField(me.GenericEmbeddedDocumentField())
+class _Model(me.Document):
+    pass
+{after}
+me.connect('others', host=sys.argv[1])
+with mb.stream('s', url=sys.argv[1]) as ours:
+    ours.append({{'v': 1}})
+theirs = Stream(title='t').save()
+Window(stream=theirs, any=theirs, buffers=[Buffer(size=3)]).save()
+window = Base.objects.first()
+assert type(window) is Window and type(window.stream) is type(window.any) is Stream
+assert type(window.buffers[0]) is Buffer and window.any.title == 't'
+for name, document in (('Stream', Stream), ('Buffer', Buffer), ('Window', Window), ('_Model', _Model)):
+    assert me.base.get_document(name) is document, name
+assert type(ours.buffer().get()) is mb.Buffer and ours.buffer().get().data == {{'v': 1}}
+assert type(mb.Stream.objects(name='s').get()) is mb.Stream and mb.Stream.__name__ == 'Stream'
+assert all('_cls' not in doc for doc in mb.connectdb(sys.argv[1]).stream.find())
+theirs.delete()
+assert Window.objects.count() == 0
+"""
+
+
+@pytest.mark.parametrize('first', ['before', 'after'])
+def test_documents_of_others_keep_the_names_of_ours_whichever_are_defined_first(url, first):
+    program = OTHERS.format(**{'before': '', 'after': '', first: 'import minibatch as mb'})
+    done = subprocess.run([sys.executable, '-c', program, url], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --- travelling
