@@ -176,16 +176,21 @@ def streaming(
     return decorator if fn is None else decorator(fn)
 
 
-def make_emitter(name: str, fn: Callable[..., Any] | None = None, **options: Any) -> WindowEmitter:
+def make_emitter(
+    name: str, fn: Callable[..., Any] | None = None, *, emitfn: Callable[..., Any] | None = None, **options: Any
+) -> WindowEmitter:
     """Make an emitter: what `streaming` runs, to be run with ``run()``, or ``start()`` and ``stop()``.
 
     Args:
         name: the name of the stream.
         fn: the function, or None: then the window itself is the result.
+        emitfn: the same as `fn`.
         options: those of `streaming`, and `stream`, a stream that is open already.
     """
+    if fn is not None and emitfn is not None:
+        raise ArgumentError('fn and emitfn are the same; give one of them')
     decorator: Streaming = streaming(name, **options)
-    return decorator.make(fn)
+    return decorator.make(emitfn if fn is None else fn)
 
 
 @contextmanager
