@@ -368,6 +368,31 @@ def masked_text(text: str) -> str:
     return re.sub(r'[A-Za-z][\w+.-]*://\S+', lambda found: masked(found[0]), text)
 
 
+def same_database(one: Target, other: Target) -> bool:
+    """Whether two targets are the same database, also by URLs or options that differ.
+
+    Raises:
+        UnreachableError: if a server does not answer, which must be asked when they differ.
+    """
+    if one == other:
+        return True
+    if one.dbname != other.dbname or one.is_mock or other.is_mock:
+        return False
+    for each in (one, other):
+        each.check()
+    return same_server(one.client, other.client)
+
+
+def same_server(one: MongoClient[Any], other: MongoClient[Any]) -> bool:
+    """Whether two clients lead to the same server: the same primary, or router of a sharded cluster."""
+    if one is other:
+        return True
+    process, another = (
+        client.admin.command('hello').get('topologyVersion', {}).get('processId') for client in (one, other)
+    )
+    return process is not None and process == another
+
+
 def same_replica_set(one: MongoClient[Any], other: MongoClient[Any]) -> bool:
     """Whether two clients lead to the same replica set, so that a transaction can span what both see."""
     if one is other:

@@ -8,9 +8,10 @@ import queue as queues
 import threading
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any, NoReturn
 
-from . import clock, executors, store
+from . import clock, connection, executors, store
 from .consumer import Consumer
 from .errors import ArgumentError, PortabilityError
 from .messages import Message
@@ -138,10 +139,20 @@ class WindowEmitter:
         self.queue, self.source = queue, source
         self._stream, self._stream_url, self._cnx_kwargs = stream, stream_url, cnx_kwargs
         self._keep = keep
+        self.refuse_circle('fn', _appends_to(emitfn))
+        self.refuse_circle('forwardfn' if sink is None else 'sink', _appends_to(self.forwardfn))
         self._stop = False
         self.error: Exception | None = None
         self._thread: threading.Thread | None = None
         self._consumer = Consumer(self)
+
+    def refuse_circle(self, name: str, to: Stream | None) -> None:
+        """Raise `ArgumentError` if the option `name` appends `to` the stream that is read, which would never end."""
+        if to is None or to.name != self.stream_name:
+            return
+        if connection.same_database(to.target, self.stream.target):
+            raise ArgumentError(f'{name} must be another stream than the one that is read, {self.stream_name!r}: what '
+                                f'it is given would come back for ever')  # fmt: skip
 
     # --- running
 
@@ -319,6 +330,14 @@ class WindowEmitter:
 
     def sleep(self) -> None:
         self._consumer.wait()
+
+
+def _appends_to(fn: Any) -> Stream | None:
+    """The stream of which this is a method."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    owner = getattr(fn, '__self__', None)
+    return owner if isinstance(owner, Stream) else None
 
 
 def spans_of(objs: Sequence[Buffer]) -> list[Span]:

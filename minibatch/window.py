@@ -80,9 +80,8 @@ class PlannedWindow(WindowEmitter):
         super().__init__(stream_name, **options)
         if late not in (None, 'drop') and not isinstance(late, Stream):
             raise ArgumentError(f"late must be 'drop' or a Stream, which the late messages go to, not {late!r}")
-        if isinstance(late, Stream) and late.name == stream_name and late.target == self.stream.target:
-            raise ArgumentError(f'late must be another stream than the one that is read, {stream_name!r}')
         self.late = late if isinstance(late, Stream) else None
+        self.refuse_circle('late', self.late)
         self.fields, self.event_time = Fields(key, timestamp), timestamp is not None
         self.assigns = key is not None or self.event_time or 'slide' in given or 'gap' in given
         if self.assigns and self.picks:

@@ -1,6 +1,8 @@
 """Arguments are checked at the call, and refused by name, before anything is written."""
 
+import copy
 import threading
+from functools import partial
 
 import pytest
 
@@ -155,6 +157,55 @@ def test_late_messages_cannot_go_to_the_stream_they_come_from():
         mb.make_emitter('s', process, stream=stream, interval=2, timestamp='t', late=stream)
     other = mb.stream('other', url='mongomock://localhost/api')
     assert mb.make_emitter('s', process, stream=stream, interval=2, timestamp='t', late=other)
+
+
+def the_ways_to(stream):
+    """What of a stream can be a sink, or a function, of its own consumer."""
+    class Sink:
+        put = stream.append_many
+    return [
+        {'sink': stream},
+        {'sink': copy.copy(stream)},
+        {'sink': Sink()},
+        {'fn': stream.append_many},
+        {'fn': partial(stream.append, meta=1)},
+        {'emitter': ByForwarding, 'size': 2, 'stream': None, 'url': stream.target.url},
+    ]
+
+
+class ByForwarding(CountWindow):
+    def __init__(self, name, stream_url, **options):
+        super().__init__(name, stream_url=stream_url, **options, forwardfn=mb.stream(name, url=stream_url).append_many)
+
+
+@pytest.mark.parametrize('way', range(6))
+def test_results_cannot_go_to_the_stream_they_come_from(url, way):
+    stream = mb.stream('s', url=url)
+    options = {'fn': process, 'size': 2, 'stream': stream, **the_ways_to(stream)[way]}
+    with pytest.raises(ArgumentError, match=r"(sink|fn|forwardfn) must be another stream than .* read, 's'"):
+        mb.make_emitter('s', **options)
+
+
+def test_the_same_stream_by_another_url_is_the_same_and_of_another_name_database_or_server_is_not(url, db, standalone):
+    stream = mb.stream('s', url=url)
+    same = [url.replace('127.0.0.1', 'localhost'), f'{url}&appName=other']
+    for each in same:
+        with pytest.raises(ArgumentError, match='sink must be another stream'):
+            mb.make_emitter('s', process, stream=stream, size=2, sink=mb.stream('s', url=each))
+        with pytest.raises(ArgumentError, match='late must be another stream'):
+            mb.make_emitter('s', process, url=each, interval=2, timestamp='t', late=stream)
+    others = [mb.stream('t', url=url), mb.stream('s', url=standalone.url(db.name))]
+    for sink in others:
+        assert mb.make_emitter('s', process, stream=stream, size=2, sink=sink).sink is sink
+    others[1].delete()
+
+
+def test_the_function_of_make_emitter_is_also_named_emitfn():
+    assert mb.make_emitter('s', emitfn=process, size=2).emitfn is process
+    assert mb.make_emitter('s', process, size=2).emitfn is process
+    assert mb.make_emitter(name='s', fn=process, size=2).emitfn is process
+    with pytest.raises(ArgumentError, match='fn and emitfn are the same; give one of them'):
+        mb.make_emitter('s', process, emitfn=process, size=2)
 
 
 def test_an_emitter_of_ones_own_gets_none_of_the_options_of_other_windows():

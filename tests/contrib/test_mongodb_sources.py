@@ -370,3 +370,18 @@ def test_a_subclass_says_what_is_appended(url, db, things):
 def test_wrong_arguments_of_a_polling_source_are_refused_by_name(db, wrong, why):
     with pytest.raises(ArgumentError, match=why):
         MongoSource(**{'collection': db.things, **wrong})
+
+
+@pytest.mark.parametrize('make', [MongoSource, lambda mine: MongoReplicasetSource(mine, start='earliest')])
+def test_the_collection_of_its_own_messages_cannot_be_the_source_of_a_stream(url, db, make):
+    stream = mb.stream('s', url=url.replace('127.0.0.1', 'localhost'))
+    stream.append({'v': 1})
+    with pytest.raises(ArgumentError, match=f"collection {db.name}.buffer is where stream 's' keeps its messages"):
+        stream.attach(make(db.buffer), background=False)
+    assert len(stream.buffer()) == 1
+
+
+def test_the_messages_of_another_stream_can_be_asked_for_by_a_query(url, db):
+    mb.stream('other', url=url).append({'v': 1})
+    with running(poll(db.buffer, query={'stream': 'other'}), url) as stream:
+        eventually(lambda: len(stream.buffer()) == 1)

@@ -29,7 +29,18 @@ from pymongo.errors import OperationFailure
 from minibatch.abc import SourceMessage
 from minibatch.errors import ArgumentError, ServerError
 
-from .documents import PAGE_BYTES, RAW, Anchored, check_name, check_size, digest, message, raw_collection, reached
+from .documents import (
+    PAGE_BYTES,
+    RAW,
+    Anchored,
+    check_apart,
+    check_name,
+    check_size,
+    digest,
+    message,
+    raw_collection,
+    reached,
+)
 
 if TYPE_CHECKING:
     from minibatch import Stream
@@ -140,6 +151,7 @@ class MongoReplicasetSource(Anchored):
         """Append the changes of the collection to `stream` until `cancel` is called."""
         self._cancelled.clear()
         with reached(self.collection):
+            check_apart(self.collection, stream)
             producer = stream.producer(self._find_name())
             if producer.token is None:
                 now = self._now()

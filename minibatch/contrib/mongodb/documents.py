@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import bson
 from bson.codec_options import CodecOptions, DatetimeConversion
@@ -16,7 +16,11 @@ from pymongo.errors import ConnectionFailure
 from pymongo.read_concern import ReadConcern
 
 from minibatch.abc import SourceMessage
+from minibatch.connection import same_server
 from minibatch.errors import ArgumentError, PortabilityError, UnreachableError
+
+if TYPE_CHECKING:
+    from minibatch import Stream
 
 MAX_MESSAGES = 10_000  # in one append
 PAGE_BYTES = 16 << 20
@@ -58,6 +62,18 @@ def check_name(name: Any) -> str | None:
     if name is not None and (not isinstance(name, str) or not name.strip()):
         raise ArgumentError(f'name must be a string that is not empty, not {name!r}')
     return name
+
+
+def check_apart(collection: Collection[Any], stream: Stream) -> None:
+    """Raise `ArgumentError` if the messages of the stream are in this collection: each would bring the next one."""
+    database = collection.database
+    if (database.name, collection.name) != (stream.target.dbname, 'buffer'):
+        return
+    if same_server(database.client, stream.target.client):
+        raise ArgumentError(
+            f'collection {collection.full_name} is where stream {stream.name!r} keeps its messages, so each message '
+            f'would bring another one for ever; read it as a stream, or keep the stream in another database'
+        )
 
 
 @contextmanager

@@ -31,7 +31,17 @@ from pymongo.errors import OperationFailure
 
 from minibatch.errors import ArgumentError
 
-from .documents import PAGE_BYTES, Anchored, check_name, check_size, digest, message, raw_collection, reached
+from .documents import (
+    PAGE_BYTES,
+    Anchored,
+    check_apart,
+    check_name,
+    check_size,
+    digest,
+    message,
+    raw_collection,
+    reached,
+)
 from .ids import KINDS, TIMED, Bound, below, kind_of, place_of, value_at
 
 if TYPE_CHECKING:
@@ -139,6 +149,8 @@ class MongoSource(Anchored):
         self._said = {}
         current = None
         with reached(self.collection):
+            if not self._query:  # which may leave out the messages of this stream
+                check_apart(self.collection, stream)
             while not self._cancelled.is_set():
                 name = self._name or self._find_name()
                 if name and name != current:
