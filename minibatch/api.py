@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from . import connection, kinds, marshaller
-from .abc import Sink, Source
+from . import connection, kinds
 from .errors import ArgumentError
 from .models import Stream, check_name
 from .window import (
@@ -75,8 +74,6 @@ class Streaming:
 
         A worker that imports a module to find a function does not process what is decorated there.
         """
-        if marshaller.is_loading():
-            return fn
         emitter, collected = self.make(fn), _collected.get()
         if collected is not None and self._blocking:
             collected.append(emitter)
@@ -223,8 +220,6 @@ def _make(
     url: str | None,
     **options: Any,
 ) -> WindowEmitter:
-    if fn is not None and not callable(fn):
-        raise ArgumentError(f'fn must be callable, not {fn!r}')
     if workers is not None and max_workers is not None:
         raise ArgumentError('workers and max_workers are the same; give one of them')
     stream = options.get('stream')
@@ -235,10 +230,6 @@ def _make(
     for option, value in {**flags, **{name: flag for name, flag in unset.items() if flag is not None}}.items():
         if not isinstance(value, bool):
             raise ArgumentError(f'{option} must be True or False, not {value!r}')
-    _check_contract('sink', sink, Sink, 'a method put(messages)')
-    _check_contract('source', options['source'], Source, 'the methods stream and cancel')
-    if options['queue'] is not None and not hasattr(options['queue'], 'get'):
-        raise ArgumentError(f'queue must have a method get; {type(options["queue"]).__name__} has not')
     if size is None and interval is None and options.get('gap') is None and emitter is None and stream is not None:
         interval = stream.interval and round(stream.interval, 3)  # stored when fractions of a millisecond were taken
     options.update(size=size, interval=interval)
@@ -258,13 +249,6 @@ def _make(
     if made.executor is None or isinstance(made.executor, str):
         made.check_portable()
     return made
-
-
-def _check_contract(name: str, value: Any, contract: type, methods: str) -> None:
-    if inspect.isclass(value):
-        raise ArgumentError(f'{name} must be an instance, not the class {value.__name__}')
-    if value is not None and not isinstance(value, contract):
-        raise ArgumentError(f'{name} must have {methods}; {type(value).__name__} has not')
 
 
 def _emitter_class(

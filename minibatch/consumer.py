@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymongo.errors import PyMongoError
 
-from . import connection, executors, lease, ledger, signals
+from . import connection, executors, functions, lease, ledger, signals
 from .abc import Executor
 from .connection import is_passing
 from .errors import GroupConflictError, LeaseLostError
@@ -29,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 STAND_BY_PAUSE = 0.5
 CONNECTION_PAUSE = 1.0
+END_TIMEOUT = 60.0
 
 
 class Consumer:
@@ -79,7 +79,7 @@ class Consumer:
 
     def run(self) -> None:
         """Process windows until told to stop."""
-        with signals.handled(self._stop_soon, self._end_at_once), self._executor():
+        with signals.handled(self._stop_soon, signals.end_at_once, within=END_TIMEOUT), self._things():
             while not self.should_stop():
                 try:
                     planner = self._lead()
@@ -151,6 +151,15 @@ class Consumer:
     # --- what it runs on
 
     @contextmanager
+    def _things(self) -> Iterator[None]:
+        """What this consumer has for itself until it ends: an executor, and maybe an event loop for its sink."""
+        try:
+            with self._executor():
+                yield
+        finally:
+            functions.close_loop()
+
+    @contextmanager
     def _executor(self) -> Iterator[None]:
         """Open the executor, and close it if it was made here."""
         given = self.emitter.executor
@@ -176,7 +185,3 @@ class Consumer:
         self.emitter._stop = True
         self.wake()
 
-    def _end_at_once(self, number: int) -> None:
-        for each in signals.NUMBERS:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

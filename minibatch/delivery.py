@@ -14,7 +14,7 @@ from pymongo import MongoClient
 from pymongo.client_session import ClientSession
 from pymongo.errors import PyMongoError
 
-from . import connection, dead, ledger, metrics, store
+from . import connection, dead, functions, ledger, metrics, signals, store
 from .abc import BulkSink, ExactlyOnceSink, WindowCommit
 from .beside import Beside
 from .connection import Target
@@ -140,10 +140,14 @@ class Delivery:
                 raise LeaseLostError
             windows = [self._commit_of(claim) for claim, _ in run[taken:]]
             try:
-                count = self._bulk.put_many([outcome.value for _, outcome in run[taken:]], windows)
+                count = functions.call(self._bulk.put_many, [outcome.value for _, outcome in run[taken:]], windows)
+                if not (isinstance(count, int) and 0 <= count <= len(windows)):
+                    raise TypeError(f'put_many must return how many results it took, not {count!r}')
             except LeaseLostError:
                 raise
-            except Exception:
+            except BaseException as exc:
+                if signals.is_signal(exc):
+                    raise
                 logger.debug('sink failed', exc_info=True)
                 break
             for (claim, outcome), window in zip(run[taken : taken + count], windows, strict=False):
@@ -165,7 +169,9 @@ class Delivery:
                 self._forward(claim, outcome)
         except LeaseLostError:
             raise
-        except Exception as exc:
+        except BaseException as exc:
+            if signals.is_signal(exc):
+                raise
             logger.debug('sink failed', exc_info=True)
             connection.heal(self._target.client, exc)  # the sink may use the same one
             outcome.error = f'sink: {store.in_words(exc)}'
@@ -184,10 +190,10 @@ class Delivery:
     def _forward(self, claim: Claim, outcome: Outcome) -> None:
         if self._once is not None:
             window = self._commit_of(claim)
-            self._once.put_once(outcome.value, window)
+            functions.call(self._once.put_once, outcome.value, window)
             claim.committed = window.done
         elif self._emitter.forwards:
-            self._emitter.forward(outcome.value)
+            functions.call(self._emitter.forward, outcome.value, keep=False)
 
     def _commit_of(self, claim: Claim) -> _Commit:
         return _Commit(self._target, claim.id, self._lease.epoch, self._note_session)
@@ -345,7 +351,7 @@ def _epitaph(claim: Claim, outcome: Outcome, now: datetime) -> dict[str, Any]:
     return {'error': error, 'traceback': trace, 'failed': now, 'attempts': claim.attempts}
 
 
-def _is_matter_of_time(exc: Exception, claim: Claim) -> bool:
+def _is_matter_of_time(exc: BaseException, claim: Claim) -> bool:
     """Whether a sink failed because it is full, or not reachable. For an hour; then it may be the window after all."""
     claim.failing_since = claim.failing_since or time.monotonic()
     if time.monotonic() - claim.failing_since > SINK_PATIENCE:

@@ -6,20 +6,34 @@ import contextlib
 import logging
 import queue as queues
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any, NoReturn
 
-from . import clock, connection, executors, store
+from . import clock, connection, executors, functions, marshaller, signals, store
+from .abc import BulkSink, ExactlyOnceSink, Sink
+from .attached import check_contract, check_source
 from .consumer import Consumer
-from .errors import ArgumentError, PortabilityError
+from .errors import ArgumentError, ConsumerEndedError, PortabilityError
 from .messages import Message
 from .models import Buffer, Stream, Window, check_choice, check_name, check_options
 from .progress import Log, WindowPlan
 from .store import Span
 
 logger = logging.getLogger(__name__)
+
+# What subclasses may define, and this process calls; what each is called with.
+PLAIN: dict[str, tuple[str, ...]] = {
+    'window_ready': (),
+    'process': ('the messages',),
+    'commit': ('the messages', 'the window'),
+    'timestamp': ('what window_ready has returned',),
+    'undo': ('the messages', 'the window'),
+    'sleep': (),
+    'should_stop': (),
+    'next_due': (),
+}
 
 
 class WindowEmitter:
@@ -120,9 +134,7 @@ class WindowEmitter:
             raise ArgumentError(f"start='latest' is a position, and {type(self).__name__} picks messages itself")
         if sink is not None and forwardfn is not None:
             raise ArgumentError('sink and forwardfn are the same; give one of them')
-        for name, fn in {'emitfn': emitfn, 'processfn': processfn, 'forwardfn': forwardfn}.items():
-            if fn is not None and not callable(fn):
-                raise ArgumentError(f'{name} must be callable, not {fn!r}')
+        self._check_functions(emitfn, processfn, forwardfn, sink, source, queue)
         executor = executors.resolve(executor)
         if timeout is not None and executor is not None:
             raise ArgumentError('timeout ends worker processes of the default executor; with executor= there are none')
@@ -154,6 +166,28 @@ class WindowEmitter:
             raise ArgumentError(f'{name} must be another stream than the one that is read, {self.stream_name!r}: what '
                                 f'it is given would come back for ever')  # fmt: skip
 
+    def _check_functions(
+        self, emitfn: Any, processfn: Any, forwardfn: Any, sink: Any, source: Any, queue: Any
+    ) -> None:  # fmt: skip
+        """Refuse what could not be called as it will be; a subclass may call some of it in another way."""
+        if emitfn is not None and not self.overrides('emit'):
+            functions.check('fn', emitfn, 'the window' if processfn is None else 'what processfn has made')
+        if processfn is not None and not self.overrides('process'):
+            functions.check('processfn', processfn, 'the list of messages')
+        if forwardfn is not None and not self.overrides('forward'):
+            functions.check('forwardfn', forwardfn, 'the result of a window')
+        if sink is not None and not self.overrides('forward'):
+            _check_sink(sink)
+        if source is not None:
+            check_source(source)
+        if queue is not None:
+            if not hasattr(queue, 'get'):
+                raise ArgumentError(f'queue must have a method get; {type(queue).__name__} has not')
+            functions.check('queue.get', queue.get, 'False, for not to wait', plain=True)
+        for name in PLAIN:
+            if self.overrides(name):
+                functions.check(f'{type(self).__name__}.{name}', getattr(self, name), *PLAIN[name], plain=True)
+
     # --- running
 
     @property
@@ -168,12 +202,16 @@ class WindowEmitter:
     def run(self, blocking: bool = True) -> None:
         """Process windows until stopped by `stop`, by the queue, or, on the main thread, by SIGTERM or Ctrl-C.
 
-        What is in flight is finished first. With ``blocking=False`` do one round, as `_run_once` does.
+        What is in flight is finished first. With ``blocking=False`` do one round, as `_run_once` does. In a worker
+        that imports a module, to find a function there, this does nothing, and neither does `start`.
         """
-        if blocking:
-            self._consumer.run()
-        else:
-            self._run_once()
+        if marshaller.is_loading():
+            return
+        with self._telling_why():
+            if blocking:
+                self._consumer.run()
+            else:
+                self._run_once()
 
     def _run_once(self) -> int:
         """Process what is due now; returns how many windows were committed.
@@ -188,19 +226,35 @@ class WindowEmitter:
 
         If that ends with an error, the error is logged, and in `error`.
         """
+        if marshaller.is_loading():
+            return
         if self._thread is not None and self._thread.is_alive():
             raise ArgumentError(f'the consumer of {self.stream_name!r} has been started already')
         self._stop = False
-        self.error = None
         self._thread = threading.Thread(target=self._run_logged, name=f'minibatch-{self.stream_name}', daemon=True)
         self._thread.start()
 
     def _run_logged(self) -> None:
         try:
-            self._consumer.run()
+            with self._telling_why():
+                self._consumer.run()
+        except Exception:
+            logger.exception('the consumer of stream %r has ended', self.stream_name)
+
+    @contextlib.contextmanager
+    def _telling_why(self) -> Iterator[None]:
+        """What ends the consumer is in `error`; what would end a thread or process without a word is an error, too."""
+        self.error = None
+        try:
+            yield
         except Exception as exc:
             self.error = exc
-            logger.exception('the consumer of stream %r has ended', self.stream_name)
+            raise
+        except BaseException as exc:
+            if signals.is_signal(exc):
+                raise
+            self.error = ConsumerEndedError(f'{self.name} has ended with {store.in_words(exc)}')
+            raise self.error from exc
 
     def stop(self, timeout: float = 60.0) -> None:
         """Claim no more windows, finish those in flight, and wait up to `timeout` seconds until that is done."""
@@ -305,7 +359,7 @@ class WindowEmitter:
 
     def process(self, objs: Sequence[Any]) -> Any:
         if self.processfn is not None:
-            return self.processfn(objs)
+            return functions.call(self.processfn, objs)
         return Window(stream=self.stream_name, data=[obj.data for obj in objs])
 
     def emit(self, window: Any) -> Any:
@@ -313,7 +367,7 @@ class WindowEmitter:
 
     def forward(self, data: Any) -> None:
         if self.forwardfn is not None:
-            self.forwardfn(data)
+            functions.call(self.forwardfn, data, keep=False)
 
     def commit(self, objs: Sequence[Any], window: Any) -> None:
         for obj in objs:
@@ -338,6 +392,15 @@ def _appends_to(fn: Any) -> Stream | None:
         fn = fn.func
     owner = getattr(fn, '__self__', None)
     return owner if isinstance(owner, Stream) else None
+
+
+def _check_sink(sink: Any) -> None:
+    check_contract('sink', sink, Sink, 'a method put(messages)')
+    functions.check('sink.put', sink.put, 'the result of a window')
+    if isinstance(sink, ExactlyOnceSink):
+        functions.check('sink.put_once', sink.put_once, 'the result of a window', 'the window')
+    if isinstance(sink, BulkSink):
+        functions.check('sink.put_many', sink.put_many, 'the results of windows', 'the windows')
 
 
 def spans_of(objs: Sequence[Buffer]) -> list[Span]:

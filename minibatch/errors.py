@@ -8,6 +8,7 @@
     ├── DataError                (ValueError)
     ├── UnknownFunctionError
     ├── WindowFailedError
+    ├── ConsumerEndedError
     ├── TooManyWindowsError
     ├── OvertakenError
     ├── CancelledError
@@ -63,6 +64,10 @@ class WorkersError(MinibatchError):
 
 class WindowFailedError(MinibatchError):
     """A window has failed max_attempts times, and on_error='stop' ends the consumer."""
+
+
+class ConsumerEndedError(MinibatchError):
+    """Code that was given to a consumer, but for no window, has raised what is no Exception, such as SystemExit."""
 
 
 class TooManyWindowsError(MinibatchError):

@@ -8,16 +8,23 @@ method ``submit``, but keeps none of what `minibatch.abc.Executor` promises.
 from __future__ import annotations
 
 import inspect
+import logging
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, TimeoutError
 from contextlib import contextmanager
 from importlib.metadata import entry_points
+from queue import SimpleQueue
 from typing import Any
 
+from . import functions, signals
 from .abc import Completion, Executor
 from .connection import masked
 from .errors import ArgumentError
 
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT = 10.0
 ENTRY_POINTS = 'minibatch.executors'
 CLIENTS = {'distributed': 'dask'}  # packages, and the scheme of what their clients are connected to
 
@@ -33,14 +40,64 @@ class InlineExecutor:
     def submit(self, fn: Callable[[], Any]) -> Completion:
         """Run `fn` now."""
         done: Future[Any] = Future()
-        try:
-            done.set_result(fn())
-        except Exception as exc:
-            done.set_exception(exc)
+        _settle(done, fn)
         return done
 
 
-NAMED: dict[str, type | None] = {'inline': InlineExecutor, 'threads': ThreadPoolExecutor, 'processes': None}
+class Threads:
+    """An executor of threads, which keep the process from ending no longer than `shutdown` waits for them.
+
+    Args:
+        max_workers: how many threads.
+    """
+
+    def __init__(self, max_workers: int = 1) -> None:
+        self._most = max_workers
+        self._given: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._waiting: set[Future[Any]] = set()
+
+    def submit(self, fn: Callable[[], Any]) -> Completion:
+        """Run `fn` in a thread that is free."""
+        done: Future[Any] = Future()
+        self._waiting.add(done)
+        self._given.put((done, fn))
+        if len(self._threads) < self._most:
+            thread = threading.Thread(target=self._work, name='minibatch-worker', daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return done
+
+    def shutdown(self) -> None:
+        """Drop what has not begun, and wait for what has."""
+        for done in list(self._waiting):
+            done.cancel()
+        for _ in self._threads:
+            self._given.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        try:
+            while (given := self._given.get()) is not None:
+                done, fn = given
+                self._waiting.discard(done)
+                if done.set_running_or_notify_cancel():
+                    _settle(done, fn)
+        finally:
+            functions.close_loop()
+
+
+def _settle(done: Future[Any], fn: Callable[[], Any]) -> None:
+    try:
+        done.set_result(fn())
+    except BaseException as exc:
+        if signals.is_signal(exc):
+            raise
+        done.set_exception(exc)
+
+
+NAMED: dict[str, type | None] = {'inline': InlineExecutor, 'threads': Threads, 'processes': None}
 
 
 def resolve(given: Any) -> Any:
@@ -56,6 +113,8 @@ def resolve(given: Any) -> Any:
         _class_of(given)
     elif given is not None and not callable(getattr(given, 'submit', None)):
         raise ArgumentError(f'executor must have a method submit(fn); {given!r} has not')
+    elif given is not None and not isinstance(given, type):
+        functions.check('executor.submit', given.submit, 'what to run', plain=True)
     return given
 
 
@@ -77,7 +136,18 @@ def opened(given: Any, workers: int) -> Iterator[Executor]:
     try:
         yield executor
     finally:
-        getattr(executor, 'shutdown', lambda: None)()
+        _close(executor)
+
+
+def _close(executor: Any) -> None:
+    """Shut an executor down; one that waits for what does not end is left behind."""
+    done: Future[Any] = Future()
+    threading.Thread(target=_settle, args=(done, getattr(executor, 'shutdown', lambda: None)), daemon=True).start()
+    try:
+        done.result(CLOSE_TIMEOUT)
+    except TimeoutError:
+        logger.warning('%r did not shut down within %g s: a function may not have returned, or have left a thread',
+                       executor, CLOSE_TIMEOUT)  # fmt: skip
 
 
 def _says_where(given: Any) -> bool:

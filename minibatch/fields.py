@@ -9,7 +9,7 @@ from typing import Any
 
 from bson import ObjectId
 
-from . import clock
+from . import clock, functions, signals
 from .errors import ArgumentError
 
 MAX_KEY = 1000
@@ -35,6 +35,8 @@ class Fields:
         for name, of in {'key': key, 'timestamp': timestamp}.items():
             if of is not None and not callable(of) and not (isinstance(of, str) and all(of.split('.'))):
                 raise ArgumentError(f"{name} must be the name of a field, 'a' or 'a.b', or a function, not {of!r}")
+            if callable(of):
+                functions.check(name, of, 'the data of a message', plain=True)
 
     @property
     def names(self) -> list[str] | None:
@@ -60,7 +62,9 @@ def _value(name: str, of: Of, data: Any, convert: Callable[[Any], Any]) -> Any:
     except BadMessage as exc:
         where = 'what the function returned ' if callable(of) else f'field {of!r} '
         raise BadMessage(f'{name}: {where}{exc}') from None
-    except Exception as exc:  # of a function that was given
+    except BaseException as exc:  # of a function that was given
+        if signals.is_signal(exc):
+            raise
         why = f'{name}: {type(exc).__name__}: {exc}'[:MAX_TEXT]
         raise BadMessage(why.encode(errors='replace').decode()) from exc
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import platform
+import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cached_property, partial
+from multiprocessing.process import current_process
 from typing import Any, cast
 
 import cloudpickle
@@ -23,6 +25,7 @@ MAX_LOADED = 32  # functions that a worker keeps; one that serves many consumers
 _loaded: OrderedDict[str, Any] = OrderedDict()
 _lock = threading.RLock()  # what is loaded may load another
 _loading: ContextVar[bool] = ContextVar('minibatch_loading', default=False)
+_working: ContextVar[bool] = ContextVar('minibatch_working', default=False)
 
 
 class Portable:
@@ -88,7 +91,7 @@ def _loads(blob: bytes) -> Any:
     reset = _loading.set(True)
     try:
         return cloudpickle.loads(blob)
-    except Exception as exc:
+    except BaseException as exc:  # also what a module does at its top level
         raise PortabilityError(
             f'the function cannot be loaded by a worker on {platform.node()}: {type(exc).__name__}: {exc}. '
             f'Install there what it needs, in the same version.'
@@ -98,8 +101,31 @@ def _loads(blob: bytes) -> Any:
 
 
 def is_loading() -> bool:
-    """Whether a module that is being imported is imported for a function of it, in a worker."""
-    return _loading.get()
+    """Whether a module is being imported in a worker, or in a process that somebody's pool has just started.
+
+    What it starts at its top level is for the process that imported it first.
+    """
+    return _loading.get() or getattr(current_process(), '_inheriting', False) or (_working.get() and _imports())
+
+
+@contextmanager
+def working() -> Iterator[None]:
+    """Meanwhile this process does the work of another one."""
+    reset = _working.set(True)
+    try:
+        yield
+    finally:
+        _working.reset(reset)
+
+
+def _imports() -> bool:
+    """Whether this is called from the top level of a module which is not that of this process."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == '<module>' and frame.f_globals.get('__name__') != '__main__':
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _load(digest: str, blob: bytes | None) -> Portable:

@@ -20,9 +20,9 @@ from mongoengine.fields import BooleanField, DateTimeField, FloatField, IntField
 from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 
-from . import clock, dead, groups, ledger, messages, settings, store, tail
+from . import clock, dead, groups, ledger, marshaller, messages, settings, store, tail
 from .abc import Source, WindowCommit
-from .attached import Attached
+from .attached import Attached, check_source
 from .backlog import TIMEOUT, Limits
 from .connection import Target, current, current_stream, is_passing, known, reason_of, target, using
 from .errors import ArgumentError, DataError, ServerError
@@ -491,15 +491,14 @@ class Stream(_Model):
     def attach(self, source: Source, background: bool = True) -> None:
         """Let a source append to this stream, in a thread, or with ``background=False`` in this call.
 
-        In the thread a source that fails is logged and started again, after 1 to 60 seconds.
-
+        In the thread a source that fails is logged and started again, after 1 to 60 seconds. In a worker that imports
+        a module, to find a function there, this does nothing.
         Raises:
             ArgumentError: if it is not a source, or another one is attached.
         """
-        if isinstance(source, type):
-            raise ArgumentError(f'source must be an instance, not the class {source.__name__}')
-        if not isinstance(source, Source):
-            raise ArgumentError(f'source must have the methods stream and cancel; {type(source).__name__} has not')
+        check_source(source)
+        if marshaller.is_loading():
+            return
         if self._attached is not None and self._attached.running:
             raise ArgumentError(f'stream {self.name!r} has a source already; stop() it first')
         self._attached = Attached(self, source)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bson.errors import InvalidBSON
 
-from . import clock, dead, ledger, store
+from . import clock, dead, ledger, signals, store
 from .connection import using
 from .delivery import Delivery
 from .errors import LeaseLostError, PortabilityError, WorkersError
@@ -107,9 +107,9 @@ class Planner:
             self._on_exit = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        self._ended_well = kind is None
-        self._drains = kind is not None and issubclass(kind, Exception)
+    def __exit__(self, kind: object, error: BaseException | None, *trace: object) -> None:
+        self._ended_well = error is None
+        self._drains = error is not None and not signals.is_signal(error)
         self._on_exit.close()
 
     def _stall_watch(self) -> StallWatch:
@@ -577,14 +577,16 @@ class Planner:
             outcomes: list[Outcome] = completion.result()
         except PortabilityError:  # no fault of these windows: the others would fail as well
             raise
-        except Exception as exc:  # the worker died, or the executor failed
+        except BaseException as exc:  # the worker died, or the executor failed
+            if signals.is_signal(exc):
+                raise
             return self._lost(task, exc, alone)
         seconds = sum(outcome.seconds for outcome in outcomes) / len(outcomes)
         known = self.consumer._seconds_per_window
         self.consumer._seconds_per_window = seconds if known is None else 0.7 * known + 0.3 * seconds
         return outcomes
 
-    def _lost(self, task: Task, exc: Exception, alone: bool) -> list[Outcome]:
+    def _lost(self, task: Task, exc: BaseException, alone: bool) -> list[Outcome]:
         """The windows of a worker that died: one that took too long is to blame, else one that ran alone."""
         limit = self.consumer.limit
         if limit is not None:

@@ -162,7 +162,7 @@ def in_words(exc: BaseException) -> str:
     """The type and the text of an exception, whatever it is, as MongoDB can store it, and without passwords."""
     try:
         text = str(exc)
-    except Exception as why:
+    except BaseException as why:
         text = f'(its text cannot be had: {type(why).__name__})'
     return tellable(f'{type(exc).__name__}: {text}')
 

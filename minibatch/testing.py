@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import bson
 from bson.raw_bson import RawBSONDocument
 
-from . import api, kinds, store
+from . import api, functions, kinds, store
 from .clock import aware, from_ms, now
 from .emitter import WindowEmitter
 from .errors import ArgumentError, DataError
@@ -204,9 +204,12 @@ def run(
     if isinstance(messages, (dict, str, bytes)) or not isinstance(messages, Iterable):
         raise ArgumentError(f'messages must be an iterable of dicts, not {type(messages).__name__}')
     group = _Group(_emitter(fn, window_options), clock, every)
-    for i, message in enumerate(messages):
-        group.append(*_parsed(i, message))
-    group.end()
+    try:
+        for i, message in enumerate(messages):
+            group.append(*_parsed(i, message))
+        group.end()
+    finally:
+        functions.close_loop()
     return group.run
 
 
@@ -338,4 +341,4 @@ class _Group:
     def _call(self, window: MessageWindow) -> Any:
         own = self._emitter.overrides('emit')
         fn = self._emitter.emit if own else self._emitter._consumer._fn
-        return shown(None if fn is None else fn(window), window)
+        return shown(None if fn is None else functions.call(fn, window), window)

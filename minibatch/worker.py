@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import faulthandler
+import logging
+import multiprocessing
 import os
 import pickle
 import platform
@@ -23,10 +25,11 @@ from typing import Any
 
 import cloudpickle
 import loky
+import psutil
 import pymongo
 from pymongo.errors import PyMongoError
 
-from . import connection, dead, marshaller, producer, store
+from . import connection, dead, functions, marshaller, producer, signals, store
 from .abc import Completion
 from .connection import Target
 from .errors import DataError, MinibatchError, ServerError, UnconfirmedError
@@ -36,8 +39,13 @@ from .models import Window
 from .progress import Claim
 from .store import Records, Span
 
+logger = logging.getLogger(__name__)
+
 PARENT_CHECK = 0.5
+END_TIMEOUT = 10.0
 WARM_UP_TIMEOUT = 5.0
+_CALLED, _WAITS = (re.compile(rf'minibatch.functions\.py", line \d+ in {name}$', re.MULTILINE)
+                   for name in ('(call|_guarded)', 'run'))  # fmt: skip
 CAN_BLOCK = hasattr(signal, 'pthread_sigmask')
 
 
@@ -134,9 +142,16 @@ class Limit:
 
 
 def _above_us(text: str) -> str:
-    """Of a dump of all threads, the main one, which comes last, down to where it was called from here."""
-    _, *frames = text.rpartition('\n\n')[2].rstrip().splitlines()
-    theirs = list(takewhile(lambda line: os.path.dirname(__file__) not in line, frames))
+    """Of a dump of all threads, that of the function, down to where it was called from here.
+
+    It is the main one, which comes last, or, if that waits for an event loop, the one of the loop.
+    """
+    threads = [thread.rpartition('first):\n')[2] for thread in text.rstrip().split('\n\n')]
+    found = threads[-1]
+    if _WAITS.search(found):
+        found = next((thread for thread in threads if _CALLED.search(thread) and thread is not found), found)
+    frames = found.splitlines()
+    theirs = list(takewhile(lambda line: not _CALLED.search(line), frames))
     return '\n'.join(['Most recent call first:', *(theirs or frames)])
 
 
@@ -171,8 +186,18 @@ class Task:
         return pickle.dumps(sent)
 
     def __call__(self) -> list[Outcome]:
-        if self.remote:
-            connection.choose(self.default, self.first)
+        if not self.remote:
+            return self._read_and_do()
+        connection.choose(self.default, self.first)
+        with marshaller.working():
+            outcomes = self._read_and_do()
+        for outcome in outcomes:
+            outcome.host = platform.node() if outcome.missing else ''
+        with suppress(Exception):
+            sys.stdout.flush()
+        return outcomes
+
+    def _read_and_do(self) -> list[Outcome]:
         found = None
         try:
             spans = [span for work in self.works if not work.replay for span in work.spans]
@@ -180,13 +205,7 @@ class Task:
         except Exception as exc:
             if not _is_of_the_messages(exc):
                 return [_failure(work, exc, by_function=False) for work in self.works]
-        outcomes = self._do_all(found)
-        if self.remote:
-            for outcome in outcomes:
-                outcome.host = platform.node() if outcome.missing else ''
-            with suppress(Exception):
-                sys.stdout.flush()
-        return outcomes
+        return self._do_all(found)
 
     def _do_all(self, found: Records | None) -> list[Outcome]:
         """Do all windows; they are done when what their functions have appended is stored, not just queued."""
@@ -218,8 +237,8 @@ class Task:
             with self.limit.on(work.number) if self.limit is not None else nullcontext():
                 result = self._call(window if work.argument is None else work.argument)
         except BaseException as exc:
-            if not (self.remote or isinstance(exc, (Exception, SystemExit))):
-                raise  # Ctrl-C in this very process
+            if not self.remote and signals.is_signal(exc):
+                raise
             return _failure(work, exc, by_function=True, missing=window.missing)
         ended = time.perf_counter()
         return Outcome(
@@ -232,7 +251,7 @@ class Task:
         return self.remote and self.returns
 
     def _call(self, argument: Any) -> Any:
-        result = argument if self.fn is None else self.fn(argument)
+        result = argument if self.fn is None else functions.call(self.fn, argument, keep=self.returns)
         if not self.returns:
             return None
         result = shown(result, argument)
@@ -299,7 +318,7 @@ class Processed:
         self.processfn, self.emitfn = processfn, emitfn
 
     def __call__(self, window: MessageWindow) -> Any:
-        made = self.processfn(window.messages)
+        made = functions.call(self.processfn, window.messages)
         return made if self.emitfn is None else self.emitfn(made)
 
 
@@ -344,11 +363,35 @@ class Pool:
         return self
 
     def __exit__(self, kind: object, *exc: object) -> None:
-        """End the workers, at once if they have not done what they were given by now."""
-        self._executor.shutdown(wait=True, kill_workers=kind is not None or bool(self._pending))
+        """End the workers, at once if they have not done what they were given by now.
+
+        One that does not end is killed, as one would whose function has left a thread that goes on.
+        """
+        executor, workers = self._executor, list((self._executor._processes or {}).values())
+        at_once = kind is not None or bool(self._pending)
+        ending = threading.Thread(target=executor.shutdown, kwargs={'kill_workers': at_once}, daemon=True)
+        ending.start()
+        try:
+            ending.join(END_TIMEOUT)
+            if ending.is_alive():
+                logger.warning('workers did not end within %g s, and are killed; a function may have left a thread '
+                               'that is no daemon', END_TIMEOUT)  # fmt: skip
+        finally:
+            for worker in workers if ending.is_alive() else ():
+                with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                    _kill(worker.pid)
+            ending.join(END_TIMEOUT)
 
 
-def cause_of_loss(exc: Exception) -> str:
+def _kill(pid: int) -> None:
+    """Kill a process with all that it has started."""
+    process = psutil.Process(pid)
+    for each in [*process.children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def cause_of_loss(exc: BaseException) -> str:
     """Why a task came to no end, in one line."""
     codes = re.search(r'exit codes of the workers are (\{.*\})', str(exc))
     if codes is not None:
@@ -369,6 +412,7 @@ def _set_up_worker(parent: int, function: tuple[str, bytes] | None) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with, args=(parent,), name='minibatch-parent', daemon=True).start()
     connection.leave_quickly()
+    multiprocessing.set_start_method(None, force=True)  # that of loky starts no processes from here
     if function is not None:
         marshaller.install(*function)
 

@@ -8,7 +8,10 @@ import sys
 import click
 
 from ..errors import MinibatchError
+from ..signals import end_by
 from .common import url_option
+
+END_TIMEOUT = 10.0  # for threads that a function has left in this process
 
 
 @click.command()
@@ -73,7 +76,12 @@ def run(module: str, workers: int | None, log_level: str) -> None:
     logging.basicConfig(level=log_level.upper(), format='%(asctime)s %(levelname)-7s %(name)s: %(message)s')
     for emitter in emitters:
         logging.getLogger('minibatch.run').info('%s: %s', describe(emitter), emitter.describe())
-    Service(emitters).run()
+    failed = True
+    try:
+        Service(emitters).run()
+        failed = False
+    finally:
+        end_by(int(failed), END_TIMEOUT)
 
 
 @click.command()

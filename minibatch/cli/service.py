@@ -25,6 +25,7 @@ from ..window import WindowEmitter
 logger = logging.getLogger('minibatch.run')
 
 PAUSE = 0.5
+END_TIMEOUT = 70.0  # each of them ends within 60
 
 
 def consumers_of(name: str) -> list[WindowEmitter]:
@@ -122,7 +123,7 @@ class Service:
             threading.Thread(target=self._consume, args=(emitter,), name=f'minibatch-{emitter.name}', daemon=True)
             for emitter in self._emitters
         ]
-        with signals.handled(self._stop_soon, self._end_at_once):
+        with signals.handled(self._stop_soon, self._end_at_once, within=END_TIMEOUT):
             for thread in threads:
                 thread.start()
             while any(thread.is_alive() for thread in threads) and not self._ending.wait(PAUSE):
