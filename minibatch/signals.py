@@ -18,33 +18,25 @@ LAST_RESORT = 10.0
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 SAME_SIGNAL = 0.5  # a terminal and a wrapper may both pass on the same Ctrl-C
 
-
-class Interrupted(KeyboardInterrupt):
-    """A second Ctrl-C: end at once."""
-
-
-class Terminated(SystemExit):
-    """A second SIGTERM: end at once."""
+_raised: list[BaseException] = []  # by `end_at_once`; subclasses would have another exit code
 
 
 def end_at_once(number: int) -> None:
     """End this process by an exception in its main thread, whatever that does; further signals are ignored."""
     for each in NUMBERS:
         signal.signal(each, signal.SIG_IGN)
-    raise Interrupted if number == signal.SIGINT else Terminated(128 + number)
+    exc = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+    _raised.append(exc)
+    raise exc
 
 
 def is_signal(exc: BaseException) -> bool:
     """Whether somebody has asked this process to end; all else that code of a user raises is an error of it."""
-    if isinstance(exc, (Interrupted, Terminated)):
+    if any(exc is each for each in _raised):
         return True
     in_main = threading.current_thread() is threading.main_thread()
-    return in_main and isinstance(exc, KeyboardInterrupt) and _raises(signal.SIGINT)
-
-
-def _raises(number: int) -> bool:
-    """Whether a signal raises KeyboardInterrupt, as Python has it."""
-    return signal.getsignal(number) is signal.default_int_handler
+    as_by_python = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return in_main and as_by_python and isinstance(exc, KeyboardInterrupt)
 
 
 @contextmanager

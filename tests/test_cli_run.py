@@ -214,3 +214,26 @@ def test_without_flask_the_dashboard_says_what_to_install():
     assert done.stderr.startswith('error: ')
     assert 'pip install minibatch[apps]' in done.stderr
     assert done.stderr.count('\n') == 1
+
+
+LEAVES = """import threading
+import minibatch as mb
+import minibatch.cli.run as command
+command.END_TIMEOUT = 0.2
+
+@mb.streaming('a', size=1, executor='inline')
+def leaves_a_thread(window):
+    threading.Thread(target=threading.Event().wait, name='left', daemon=False).start()
+    mb.stream('begun').append({})
+"""
+
+
+def test_a_thread_that_a_function_has_left_does_not_keep_the_service_from_its_end(service, url, tmp_path):
+    (tmp_path / 'leaves.py').write_text(LEAVES)
+    append(url, 'a', 1)
+    process = service('leaves')
+    eventually(lambda: found(url, 'begun'), 30)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert 'threads of it go on: left' in err

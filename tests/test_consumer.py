@@ -1,16 +1,18 @@
 """Who may plan, start functions and call sinks."""
 
 import os
+import signal
+import subprocess
 import time
 from concurrent.futures import Future
 
 import pytest
-from processes import write_at
+from processes import family, gone, running, write_at
 from pymongo.errors import AutoReconnect
 from servers import eventually
 
 import minibatch as mb
-from minibatch import clock, lease, ledger, retention, store
+from minibatch import clock, lease, ledger, retention, signals, store
 from minibatch.errors import LeaseLostError
 from minibatch.models import Buffer
 from minibatch.window import WindowEmitter
@@ -189,3 +191,74 @@ def test_what_is_not_deleted_when_a_consumer_must_stop_is_deleted_by_the_next_on
         held.release(clean=True)
         assert ledger.read_positions(target.majority, 's', 'g') == {'producer0': 15}
         assert db.buffer.count_documents({}) == left
+
+
+# --- the end is bounded, whatever a function does
+
+HOLDS = """import asyncio, threading, time
+import minibatch as mb
+from minibatch import consumer, executors, planner, signals, worker
+planner.STOP_TIMEOUT = executors.CLOSE_TIMEOUT = worker.END_TIMEOUT = 0.2
+consumer.END_TIMEOUT = signals.LAST_RESORT = 1.0
+
+def waits(window):
+    print('begun', flush=True)
+    threading.Event().wait()
+
+def swallows(window):
+    print('begun', flush=True)
+    while True:
+        try:
+            time.sleep(0.01)
+        except BaseException:
+            pass
+
+async def awaits(window):
+    print('begun', flush=True)
+    await asyncio.Event().wait()
+
+def leaves_a_thread(window):
+    threading.Thread(target=threading.Event().wait, daemon=False).start()
+    print('begun', flush=True)
+
+mb.streaming('s', FN, size=1, workers=1, executor='EXECUTOR', url='URL')
+print('end')
+"""
+
+
+@pytest.mark.parametrize(
+    ('executor', 'fn', 'code'),
+    [
+        ('threads', 'waits', 0), ('threads', 'awaits', 0), ('processes', 'waits', 0), ('processes', 'swallows', 0),
+        ('processes', 'leaves_a_thread', 0), ('inline', 'waits', 143), ('inline', 'awaits', 143),
+        ('inline', 'swallows', 143),
+    ],
+)  # fmt: skip
+def test_one_sigterm_ends_a_consumer_whatever_its_function_does(url, tmp_path, executor, fn, code):
+    script = tmp_path / 'holds.py'
+    script.write_text(HOLDS.replace('FN', fn).replace('EXECUTOR', executor).replace('URL', url))
+    mb.stream('s', url=url).append({'a': 1})
+    with running(str(script), stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == 'begun\n'
+        started = family(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == code
+        assert process.stdout.read() == ('' if code else 'end\n')
+        gone(started)
+
+
+def test_a_second_ctrl_c_ends_a_consumer_whose_function_is_run_inline(url, tmp_path):
+    script = tmp_path / 'holds.py'
+    held = HOLDS.replace('consumer.END_TIMEOUT', 'never').replace('FN', 'waits').replace('EXECUTOR', 'inline')
+    script.write_text(held.replace('URL', url))
+    mb.stream('s', url=url).append({'a': 1})
+    with running(str(script), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == 'begun\n'
+        process.send_signal(signal.SIGINT)
+        first = time.monotonic()
+        eventually(lambda: time.monotonic() - first > 2 * signals.SAME_SIGNAL)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == -signal.SIGINT
+        assert 'KeyboardInterrupt' in process.stderr.read()
+    (window,) = mb.stream('s', url=url).window()
+    assert (window.status, window.attempts) == ('open', 1), 'it counts as an attempt that failed'

@@ -1,17 +1,22 @@
 """What a worker does with a task."""
 
+import asyncio
+import multiprocessing
 import os
 import pickle
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
+import psutil
 import pytest
 from processes import started
 from servers import eventually
 
 import minibatch as mb
-from minibatch import clock, connection, ledger, producer, store
+from minibatch import clock, connection, functions, ledger, producer, store
 from minibatch.backlog import Limits
 from minibatch.connection import Target
 from minibatch.errors import WorkersError
@@ -179,8 +184,6 @@ def test_ctrl_c_reaches_the_parent_only(target):
 
 
 def test_workers_have_ended_when_the_pool_is_closed(target):
-    import psutil
-
     with Pool(2, None) as pool:
         pid = pool.submit(os.getpid).result()
     eventually(lambda: not psutil.pid_exists(pid), message='the worker lives on')
@@ -373,3 +376,114 @@ def test_a_function_that_fails_on_what_another_mongodb_has_is_not_to_blame(url, 
     with pytest.raises(WorkersError, match='does not find 1 messages'):
         emitter.run(blocking=False)
     assert not stream.dead_letters()
+
+
+# --- what functions leave and start
+
+
+@pytest.mark.parametrize('method', [None, *multiprocessing.get_all_start_methods()])
+def test_a_function_can_start_processes_in_every_way(method):
+    def starts(method):
+        context = multiprocessing.get_context(method)
+        with context.Pool(1) as pool:
+            (length,) = pool.map(len, ['ab'])
+        process = context.Process(target=len, args=('ab',))
+        process.start()
+        process.join()
+        return length, process.exitcode
+
+    with Pool(1, None) as pool:
+        assert pool.submit(partial(starts, method)).result(60) == (2, 0)
+
+
+def leaves_a_thread():
+    import threading
+
+    threading.Thread(target=threading.Event().wait).start()
+    return os.getpid()
+
+
+def test_a_pool_ends_also_when_a_function_has_left_a_thread(monkeypatch, caplog):
+    monkeypatch.setattr('minibatch.worker.END_TIMEOUT', 0.5)
+    with Pool(2, None) as pool:
+        pid = pool.submit(leaves_a_thread).result(60)
+    eventually(lambda: not psutil.pid_exists(pid), message='the worker lives on')
+    assert 'workers did not end' in caplog.text
+
+
+def test_the_event_loop_of_a_worker_is_closed_when_it_ends(tmp_path):
+    async def leaves_a_task(path):
+        async def hold():
+            try:
+                await asyncio.Event().wait()
+            finally:
+                with open(path, 'w') as file:
+                    file.write('cleaned up')
+
+        asyncio.current_task().held = asyncio.create_task(hold())
+        await asyncio.sleep(0)
+
+    with Pool(1, None) as pool:
+        pool.submit(partial(functions.call, partial(leaves_a_task, tmp_path / 'seen'))).result(60)
+    assert (tmp_path / 'seen').read_text() == 'cleaned up'
+
+
+STARTS = """import minibatch as mb
+import minibatch.testing
+from minibatch.testing import ListSource
+
+def work(window):
+    import lazy
+    return [emitter._thread is not None, round_done, attached, lazy.emitter._thread is not None]
+
+stream = mb.stream('other')
+stream.append({'v': 0})
+emitter = mb.make_emitter('s', work, size=1, workers=1, sink=mb.testing.ListSink())
+emitter.start()
+done = mb.testing.ListSink()
+mb.make_emitter('other', len, size=1, executor='inline', sink=done).run(blocking=False)
+round_done = bool(done)
+source = ListSource([{'v': 1}])
+stream.attach(source, background=False)
+attached = bool(source.position)
+"""
+LAZY = """import minibatch as mb
+emitter = mb.make_emitter('s', len, size=1, executor='inline')
+emitter.start()
+"""
+
+
+def test_what_a_module_starts_at_its_top_level_is_not_started_by_a_worker_that_imports_it(url, tmp_path, monkeypatch):
+    (tmp_path / 'starts_consumers.py').write_text(STARTS)
+    (tmp_path / 'lazy.py').write_text(LAZY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv('MINIBATCH_MONGO_URL', url)
+    import starts_consumers as module
+
+    try:
+        assert (module.round_done, module.attached) == (True, True), 'but here it is'
+        mb.stream('s').append({'v': 0})
+        eventually(lambda: module.emitter.sink, 30)
+        assert module.emitter.sink == [[False, False, False, False]]
+    finally:
+        module.emitter.stop()
+        sys.modules.pop('starts_consumers')
+
+
+def test_a_process_that_is_spawned_and_imports_a_module_for_its_target_starts_no_consumer(url, tmp_path, monkeypatch):
+    (tmp_path / 'spawned.py').write_text(LAZY + 'def target(queue): queue.put(emitter._thread is not None)\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv('MINIBATCH_MONGO_URL', url)
+    import spawned
+
+    try:
+        context = multiprocessing.get_context('spawn')
+        queue = context.Queue()
+        process = context.Process(target=spawned.target, args=(queue,))
+        process.start()
+        assert queue.get(timeout=30) is False
+        process.join(30)
+        assert spawned.emitter._thread.is_alive(), 'but here it is'
+    finally:
+        spawned.emitter.stop()
+        sys.modules.pop('spawned')
