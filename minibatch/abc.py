@@ -36,7 +36,7 @@ class SourceMessage(NamedTuple):
 class Source(Protocol):
     """Brings messages from an outside system into a stream.
 
-    ``stream`` runs in a thread of its own. It appends until the outside system ends or `cancel` is called, and
+    ``stream`` runs in a thread of its own; it may be ``async def``, and is no generator. It appends until the outside system ends or `cancel` is called, and
     must not tell the outside system that a message was taken before the append (or flush) has returned. What it
     raises is logged, and it is called again, after a pause that grows from 1 to 60 seconds. It may also be called
     again after a `cancel`. A source whose outside system can be read again from some position appends through
@@ -58,7 +58,8 @@ class Sink(Protocol):
     """Takes the result of a window to an outside system.
 
     ``put`` is called in the consumer process, once per window and before the window is committed. It returns when
-    the outside system has the result for certain, and raises otherwise: then the window is tried again.
+    the outside system has the result for certain, and raises otherwise: then the window is tried again. It may be
+    ``async def``, and so may the methods of the sinks below.
     """
 
     def put(self, messages: Any) -> Any:

@@ -114,8 +114,9 @@ def streaming(
 
     Args:
         name: the name of the stream.
-        fn: the function, called with each window in a worker process. What it returns goes to the sink; None, or
-            a window, means the data of the window.
+        fn: the function, called with each window in a worker process; it may be ``async def``. What it returns goes
+            to the sink; of a generator, or any iterator, the list of its items; None, or a window, means the data of
+            the window.
         interval: seconds between windows, in whole milliseconds.
         size: messages per window.
         emitter: a `WindowEmitter` class of yours; it gets `size` and `interval`.

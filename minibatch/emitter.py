@@ -58,7 +58,8 @@ class WindowEmitter:
         stream_name: the stream to read.
         interval: seconds between windows; what it means is the subclass's choice.
         size: messages per window; what it means is the subclass's choice.
-        emitfn: the function, called with each window; without it the window itself is the result.
+        emitfn: the function, called with each window; without it the window itself is the result. Of a generator the
+            items are the result; ``async def`` is awaited.
         processfn: makes, from the list of messages (objects with ``data``), what `emitfn` is called with.
         forwardfn: called with each result, in this process.
         emit_empty: whether windows without messages are emitted.
@@ -231,6 +232,7 @@ class WindowEmitter:
         if self._thread is not None and self._thread.is_alive():
             raise ArgumentError(f'the consumer of {self.stream_name!r} has been started already')
         self._stop = False
+        self.error = None
         self._thread = threading.Thread(target=self._run_logged, name=f'minibatch-{self.stream_name}', daemon=True)
         self._thread.start()
 
