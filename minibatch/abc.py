@@ -36,11 +36,11 @@ class SourceMessage(NamedTuple):
 class Source(Protocol):
     """Brings messages from an outside system into a stream.
 
-    ``stream`` runs in a thread of its own; it may be ``async def``, and is no generator. It appends until the outside system ends or `cancel` is called, and
-    must not tell the outside system that a message was taken before the append (or flush) has returned. What it
-    raises is logged, and it is called again, after a pause that grows from 1 to 60 seconds. It may also be called
-    again after a `cancel`. A source whose outside system can be read again from some position appends through
-    ``stream.producer(name)``, which stores the position with the messages.
+    ``stream`` runs in a thread of its own; it may be ``async def``, and is no generator. It appends until the outside
+    system ends or `cancel` is called, and must not tell the outside system that a message was taken before the append
+    (or flush) has returned. What it raises is logged, and it is called again, after a pause that grows from 1 to 60
+    seconds. It may also be called again after a `cancel`. A source whose outside system can be read again from some
+    position appends through ``stream.producer(name)``, which stores the position with the messages.
     """
 
     def stream(self, stream: Stream) -> None:

@@ -1,5 +1,6 @@
 """Every source and sink that needs no server of its own, and what breaks a contract, through the public suites."""
 
+import asyncio
 import json
 import sys
 import uuid
@@ -45,6 +46,28 @@ class TestLinesSink(SinkContract):
 
     def received(self):
         return [json.loads(line) for line in self.path.read_text(encoding='utf-8').splitlines()]
+
+
+class AsyncLinesSource(LinesSource):
+    async def stream(self, stream):
+        await asyncio.sleep(0)
+        super().stream(stream)
+
+
+class TestAsyncLinesSource(TestLinesSource):
+    def make(self):
+        return AsyncLinesSource(self.path)
+
+
+class AsyncLinesSink(LinesSink):
+    async def put(self, messages):
+        await asyncio.sleep(0)
+        super().put(messages)
+
+
+class TestAsyncLinesSink(TestLinesSink):
+    def make(self):
+        return AsyncLinesSink(self.path)
 
 
 # --- the others

@@ -84,7 +84,9 @@ def _run(module: ModuleType, spec: ModuleSpec, name: str) -> None:
     assert spec.loader is not None  # noqa: S101 # _find has looked
     try:
         spec.loader.exec_module(module)
-    except Exception as exc:
+    except BaseException as exc:  # one that exits has no consumers either
+        if signals.is_signal(exc):
+            raise
         place = name
         if isinstance(exc, SyntaxError):
             place = f'{exc.filename}, line {exc.lineno}'

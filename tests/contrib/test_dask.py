@@ -63,6 +63,14 @@ def cluster(tmp_path):
         yield cluster
 
 
+async def loop_of(window):
+    return [os.getpid(), threading.get_ident()]
+
+
+def raises_any(window):
+    raise asyncio.CancelledError('why')
+
+
 @pytest.fixture
 def stream(url):
     with mb.stream('s', url=url) as stream:
@@ -160,6 +168,20 @@ def test_a_function_on_a_cluster_appends_to_the_stream_it_refers_to(stream, db, 
     emitter.run(blocking=False)
     assert sum(record.n for record in out.buffer()) == 4
     assert f'{db.name}_unused' not in db.client.list_database_names()
+
+
+def test_async_functions_run_in_one_event_loop_of_each_thread_and_whatever_is_raised_is_an_attempt(
+    stream, address, client
+):
+    sink, options = ListSink(), {'size': 1, 'workers': 1, 'executor': address.replace('tcp', 'dask'), 'keep': True}
+    stream.append_many({'i': i} for i in range(4))
+    mb.make_emitter('s', loop_of, stream=stream, sink=sink, **options).run(blocking=False)
+    assert len(sink) == 4
+    threads = sum(client.nthreads().values())
+    assert len(set(map(tuple, sink))) <= threads
+    options.update(max_attempts=1, group='raises')
+    mb.make_emitter('s', raises_any, stream=stream, sink=ListSink(), **options).run(blocking=False)
+    assert {dead.error for dead in stream.dead_letters()} == {'CancelledError: why'}
 
 
 def test_a_client_says_where_the_scheduler_is_and_may_be_closed(address):
