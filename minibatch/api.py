@@ -237,6 +237,7 @@ def _make(
     chosen = _emitter_class(emitter, relaxed, options)
     for option in {'size', 'interval', *kinds.OPTIONS} - kinds.names_of(options):
         options.pop(option, None)
+    chosen.check_function('fn', fn, options.get('processfn'))
     made = chosen(
         name,
         emitfn=fn,

@@ -167,12 +167,17 @@ class WindowEmitter:
             raise ArgumentError(f'{name} must be another stream than the one that is read, {self.stream_name!r}: what '
                                 f'it is given would come back for ever')  # fmt: skip
 
+    @classmethod
+    def check_function(cls, name: str, fn: Any, processfn: Any = None) -> None:
+        """Raise `ArgumentError` if the function, which the user calls `name`, could not be called."""
+        if fn is not None and cls.emit is WindowEmitter.emit:
+            functions.check(name, fn, 'the window' if processfn is None else 'what processfn has made')
+
     def _check_functions(
         self, emitfn: Any, processfn: Any, forwardfn: Any, sink: Any, source: Any, queue: Any
     ) -> None:  # fmt: skip
         """Refuse what could not be called as it will be; a subclass may call some of it in another way."""
-        if emitfn is not None and not self.overrides('emit'):
-            functions.check('fn', emitfn, 'the window' if processfn is None else 'what processfn has made')
+        self.check_function('emitfn', emitfn, processfn)
         if processfn is not None and not self.overrides('process'):
             functions.check('processfn', processfn, 'the list of messages')
         if forwardfn is not None and not self.overrides('forward'):
