@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from . import connection
+from .connection import Target
 from .progress import Claim
 
 T = TypeVar('T')
@@ -18,12 +20,13 @@ class Beside(Generic[T]):
 
     Args:
         name: of the thread.
+        where: the MongoDB that it needs.
         work: called in the thread with all windows that wait.
         wake: called in the thread when that is done.
     """
 
-    def __init__(self, name: str, work: Callable[[list[Claim]], T], wake: Callable[[], None]) -> None:
-        self._work, self._wake = work, wake
+    def __init__(self, name: str, where: Target, work: Callable[[list[Claim]], T], wake: Callable[[], None]) -> None:
+        self._where, self._work, self._wake = where, work, wake
         self._waiting: list[Claim] = []
         self._under_way: list[Claim] = []
         self._future: Future[T] | None = None
@@ -60,7 +63,7 @@ class Beside(Generic[T]):
             self._given.put((Future(), self._waiting))
         self._given.put(None)
         if wait and self._thread.ident is not None:
-            self._thread.join()
+            connection.join(self._thread, self._where)
 
     def _go_on(self) -> None:
         if self._future is None and self._waiting:

@@ -7,12 +7,13 @@ it is made on first use in each process, and shared by all who mean the same dat
 from __future__ import annotations
 
 import atexit
+import ctypes
 import math
 import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from pymongo.errors import (
     InvalidURI,
     OperationFailure,
     PyMongoError,
+    ServerSelectionTimeoutError,
     WriteConcernError,
 )
 from pymongo.read_concern import ReadConcern
@@ -42,6 +44,8 @@ DEFAULT_ALIAS = 'minibatch'
 URL_VARIABLES = ('MINIBATCH_MONGO_URL', 'MONGO_URL')
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 1.0
+JOIN_PAUSE = 0.2
+WAIT_DEPTH = 5  # so many frames deep pymongo waits
 LEAST_TIMEOUT = 0.001
 DEFAULTS: dict[str, Any] = {
     'appName': 'minibatch',
@@ -80,6 +84,7 @@ _inherited: list[Any] = []
 _default: Target | None = None
 _first: Target | None = None
 _sent: ContextVar[tuple[Target | None, Target | None] | None] = ContextVar('minibatch_sent', default=None)
+_told_to_stop: ContextVar[Callable[[], bool] | None] = ContextVar('minibatch_told_to_stop', default=None)
 _using: ContextVar[Target | None] = ContextVar('minibatch_using', default=None)
 _using_stream: ContextVar[str | None] = ContextVar('minibatch_using_stream', default=None)
 
@@ -113,6 +118,19 @@ class Target:
         """Whether this process has a client for this URL already."""
         with _lock:
             return (self.url, self.options) in _clients
+
+    @property
+    def is_away(self) -> bool:
+        """Whether no server is known that takes writes, by what the client has noticed; nobody is asked."""
+        if self.is_mock or not self.is_connected:
+            return False
+        return not self.client.topology_description.has_writable_server()
+
+    def why_away(self) -> str:
+        """What the client has noticed of each server, without secrets."""
+        servers = self.client.topology_description.server_descriptions().values()
+        reasons = [_without_secrets(server.error, self.url) for server in servers if server.error is not None]
+        return '; '.join(reasons) or 'no server takes writes'
 
     @property
     def client(self) -> MongoClient[dict[str, Any]]:
@@ -412,6 +430,50 @@ def is_passing(exc: PyMongoError) -> bool:
     code = exc.code if isinstance(exc, OperationFailure) else None
     labelled = exc.timeout or exc.has_error_label('RetryableWriteError')
     return labelled or isinstance(exc, (AutoReconnect, WriteConcernError)) or code in PASSING_CODES
+
+
+class _WaitEnded(ServerSelectionTimeoutError):
+    def __init__(self) -> None:
+        super().__init__('MongoDB is away, and who waited for it was told to stop')
+
+
+def end_wait(thread: int) -> None:
+    """If a thread, by its ident, waits for a server to be there, let that be over as if its time were.
+
+    Where pymongo waits, and how to reach a thread there, is not public; without it the wait takes its time.
+    """
+    frame = sys._current_frames().get(thread)
+    for _ in range(WAIT_DEPTH):
+        if frame is None:
+            return
+        if frame.f_code.co_name == '_select_servers_loop':
+            with suppress(AttributeError):
+                raised = ctypes.py_object(_WaitEnded)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
+            return
+        frame = frame.f_back
+
+
+@contextmanager
+def until(is_told_to_stop: Callable[[], bool]) -> Iterator[None]:
+    """In this thread, whoever would try again while MongoDB is away gives up once this is so."""
+    token = _told_to_stop.set(is_told_to_stop)
+    try:
+        yield
+    finally:
+        _told_to_stop.reset(token)
+
+
+def gives_up(where: Target) -> bool:
+    """Whether not to try again in this thread, as MongoDB is away and this thread is told to stop."""
+    is_told_to_stop = _told_to_stop.get()
+    return is_told_to_stop is not None and is_told_to_stop() and where.is_away
+
+
+def join(thread: threading.Thread, where: Target) -> None:
+    """Wait for the end of a thread, a daemon, but not as long as MongoDB is away: it may wait for that."""
+    while thread.is_alive() and not where.is_away:
+        thread.join(JOIN_PAUSE)
 
 
 def heal(client: MongoClient[Any], exc: BaseException) -> None:

@@ -14,7 +14,8 @@ from pymongo.errors import PyMongoError
 
 from . import connection, executors, functions, lease, ledger, signals
 from .abc import Executor
-from .connection import is_passing
+from .away import AwayWatch
+from .connection import Target, is_passing, reason_of
 from .errors import GroupConflictError, LeaseLostError
 from .lease import Lease
 from .marshaller import Portable, name_of
@@ -79,8 +80,12 @@ class Consumer:
 
     def run(self) -> None:
         """Process windows until told to stop."""
-        with signals.handled(self._stop_soon, signals.end_at_once, within=END_TIMEOUT), self._things():
+        handled = signals.handled(self._stop_soon, signals.end_at_once, within=END_TIMEOUT)
+        with handled, self._things(), self._patience() as where:
             while not self.should_stop():
+                if where.is_away:
+                    self.wait(CONNECTION_PAUSE)
+                    continue
                 try:
                     planner = self._lead()
                     if planner is None:
@@ -89,14 +94,26 @@ class Consumer:
                         with planner:
                             planner.run()
                         self.finished_tasks()
-                except LeaseLostError:
-                    logger.warning('%s: another consumer has taken over', self)
+                except LeaseLostError as exc:
+                    logger.warning('%s: %s', self, exc)
                 except PyMongoError as exc:
                     if not is_passing(exc):
                         raise
-                    logger.warning('%s: trying again after: %s', self, exc)
-                    connection.heal(self.emitter.stream.target.client, exc)
+                    if not where.is_away:  # which is said already
+                        logger.warning('%s: trying again after: %s', self, reason_of(exc))
+                    connection.heal(where.client, exc)
                     self.wait(CONNECTION_PAUSE)
+
+    @contextmanager
+    def _patience(self) -> Iterator[Target]:
+        """Meanwhile it is said when MongoDB, which this gives, is away; it is waited for until this is to stop."""
+        where = self.emitter.stream.target
+
+        def is_told_to_stop() -> bool:
+            return self.emitter._stop
+
+        with AwayWatch(str(self), where, is_told_to_stop), connection.until(is_told_to_stop):
+            yield where
 
     def should_stop(self) -> bool:
         """Whether a signal, `stop`, or the emitter says so; users override the emitter's method."""

@@ -46,8 +46,8 @@ class Delivery:
     ) -> None:  # fmt: skip
         self._emitter, self._target, self._lease = emitter, target, taken
         self._progress, self._follower = progress, follower
-        self._commits = Beside('minibatch-commit', self._commit, wake)
-        self._late = Beside('minibatch-late', self._pass_all_on, wake)
+        self._commits = Beside('minibatch-commit', target, self._commit, wake)
+        self._late = Beside('minibatch-late', target, self._pass_all_on, wake)
         sink = None if emitter.overrides('forward') else emitter.sink
         self._once = sink if isinstance(sink, ExactlyOnceSink) else None
         self._bulk = sink if isinstance(sink, BulkSink) else None
@@ -136,8 +136,7 @@ class Delivery:
         """Give results to the sink many at a time, if it takes them so; returns how many it took."""
         taken = 0
         while self._bulk is not None and len(run) - taken > 1 and not any(outcome.skipped for _, outcome in run):
-            if not self._lease.valid:
-                raise LeaseLostError
+            self._lease.check()
             windows = [self._commit_of(claim) for claim, _ in run[taken:]]
             try:
                 count = functions.call(self._bulk.put_many, [outcome.value for _, outcome in run[taken:]], windows)
@@ -162,8 +161,7 @@ class Delivery:
         self, claim: Claim, outcome: Outcome, committed: list[Claim], failed: dict[int, Outcome]
     ) -> bool:
         """Give a result to the sink; a sink that fails makes the window a failed one."""
-        if not self._lease.valid:
-            raise LeaseLostError
+        self._lease.check()
         try:
             if not outcome.skipped:
                 self._forward(claim, outcome)
@@ -247,8 +245,7 @@ class Delivery:
         emitter, late = self._emitter, self._emitter.late
         if late is None:
             return
-        if not self._lease.valid:
-            raise LeaseLostError
+        self._lease.check()
         window = load(self._target, emitter.stream_name, Work.of(claim))
         late.append_aside(
             (message.data, {'stream': emitter.stream_name, 'producer': message.producer, 'offset': message.offset,

@@ -139,7 +139,7 @@ class LeaseError(MinibatchError):
 
 
 class LeaseLostError(LeaseError):
-    """Another consumer has taken over this consumer group."""
+    """Another consumer has taken over this consumer group, or the group was deleted."""
 
 
 class GroupConflictError(LeaseError):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from . import clock, dead, lease, ledger, store
 from .connection import Target
-from .errors import ArgumentError, GroupBusyError, LeaseLostError
+from .errors import ArgumentError, GroupBusyError
 from .fields import stored_key
 from .lease import Lease
 from .messages import Message, MessageWindow, window_of
@@ -158,8 +158,7 @@ class Group:
             following = ledger.next_number(db, self.stream, self.name, int(taken['number']) + 1)
             if not taken['clean']:
                 following = ledger.fence(db, self.stream, self.name, held.epoch, following, held.now())
-            if not held.valid:
-                raise LeaseLostError
+            held.check()
             yield held, following - 1
             finished = True
         finally:

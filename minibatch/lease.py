@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 from pymongo.errors import PyMongoError
 
-from . import clock, ledger, store
-from .connection import Target
+from . import clock, connection, ledger, store
+from .connection import Target, reason_of
 from .errors import GroupConflictError, LeaseLostError
 
 logger = logging.getLogger(__name__)
@@ -53,30 +53,48 @@ class Lease:
         """The server's time, aware."""
         return self._clock.at(time.monotonic())
 
+    def check(self) -> None:
+        """Raise `LeaseLostError`, which says why, unless it is valid."""
+        if self._lost:
+            raise LeaseLostError
+        if not self.valid:
+            raise LeaseLostError(f'The lease could not be renewed for {self._seconds:g} s.')
+
+    def renew(self) -> None:
+        """Extend the lease; one that has run out too, as long as nobody has taken it.
+
+        Raises:
+            LeaseLostError: if another consumer has.
+        """
+        asked = time.monotonic()
+        try:
+            with self._target.within(self._seconds):
+                server_time = ledger.renew_lease(
+                    self._target.majority, self._stream, self._group, self.epoch, self._seconds
+                )
+        except LeaseLostError:
+            self._lost = True
+            raise
+        self._deadline = max(self._deadline, asked + self._seconds)
+        self._clock.adjust(clock.aware(server_time), time.monotonic())
+
     def release(self, clean: bool) -> None:
         """Give the lease up at once; `clean` if all that was begun under it is finished."""
         self._released.set()
-        self._thread.join()
-        if not self._lost:
+        connection.join(self._thread, self._target)
+        if not self._lost and not self._target.is_away:
             with suppress(PyMongoError), self._target.within(self._seconds):  # then it runs out by itself
                 ledger.release_lease(self._target.majority, self._stream, self._group, self.epoch, clean)
 
     def _renew(self) -> None:
         while not self._released.wait(self._seconds / 4):
-            asked = time.monotonic()
             try:
-                with self._target.within(self._seconds):
-                    server_time = ledger.renew_lease(
-                        self._target.majority, self._stream, self._group, self.epoch, self._seconds
-                    )
+                self.renew()
             except LeaseLostError:
-                self._lost = True
                 return
             except PyMongoError as exc:
-                logger.warning('lease of %s/%s not renewed yet: %s', self._stream, self._group, exc)
-                continue
-            self._deadline = asked + self._seconds
-            self._clock.adjust(clock.aware(server_time), time.monotonic())
+                if not self._target.is_away:  # which is said by the consumer
+                    logger.warning('lease of %s/%s not renewed yet: %s', self._stream, self._group, reason_of(exc))
 
 
 def take(

@@ -20,7 +20,7 @@ from bson.errors import InvalidBSON
 from . import clock, dead, ledger, signals, store
 from .connection import using
 from .delivery import Delivery
-from .errors import LeaseLostError, PortabilityError, WorkersError
+from .errors import PortabilityError, WorkersError
 from .lease import Adoption, Lease
 from .marshaller import Portable
 from .models import Buffer, Stream
@@ -51,6 +51,8 @@ CLAIM_WINDOWS = 1000
 MAX_OPEN = 5000
 STOP_TIMEOUT = 30.0
 FOLLOW_TIMEOUT = 5.0
+SOURCE_TIMEOUT = 10.0
+AWAY_TIMEOUT = 1.0
 STOP_CHECK = 100_000  # messages whose times are read before it is asked again whether to stop
 WORKERS_TIMEOUT = 60.0
 WORKERS_PATIENCE = 5.0
@@ -102,7 +104,7 @@ class Planner:
             stack.callback(self.delivery.close)
             stack.enter_context(self._stall_watch())
             if self.emitter.source is not None:
-                stack.callback(self.stream.stop)
+                stack.callback(lambda: self.stream.stop(AWAY_TIMEOUT if self.target.is_away else SOURCE_TIMEOUT))
                 self._tend_source()
             self._on_exit = stack.pop_all()
         return self
@@ -118,14 +120,14 @@ class Planner:
             ledger.note(self.target.majority, self.name, self.group, self.epoch, stalled=since)
 
         def look() -> tuple[int, int]:
-            return len(self.progress.open), self.delivery.finished
+            return 0 if self.target.is_away else len(self.progress.open), self.delivery.finished
 
-        return StallWatch(self.emitter.name, self.emitter.stall_after, look, report)
+        return StallWatch(self.emitter.name, self.target, self.emitter.stall_after, look, report)
 
     def _drain(self) -> None:
         """After an error, let tasks in flight come to their end: this process may soon do their windows again."""
         deadline = time.monotonic() + STOP_TIMEOUT
-        while self._drains and self._in_flight and time.monotonic() < deadline:
+        while self._drains and self._in_flight and time.monotonic() < deadline and not self.emitter._stop:
             self.consumer.wait(TICK)
             for task, _ in self.consumer.finished_tasks():
                 self._in_flight.pop(id(task), None)
@@ -142,12 +144,16 @@ class Planner:
         self._may_stop = True
         with suppress(_Stopped):
             while not self.consumer.should_stop():
-                if not self._turn():
+                if self.target.is_away:
+                    self.consumer.wait(TICK)
+                elif not self._turn():
                     self._rest()
         deadline = time.monotonic() + STOP_TIMEOUT
-        while (self._in_flight or self.delivery.under_way) and time.monotonic() < deadline:
+        while (self._in_flight or self.delivery.under_way) and time.monotonic() < deadline and not self.target.is_away:
             self.consumer.wait(TICK)
             self._collect()
+        if self.target.is_away:
+            return
         if self._in_flight:
             logger.warning('%s: %d tasks not finished in %g s; their windows stay open', self.consumer,
                            len(self._in_flight), STOP_TIMEOUT)  # fmt: skip
@@ -200,7 +206,7 @@ class Planner:
     def _turn(self) -> bool:
         """One round of the loop; returns whether there was anything to do."""
         if not self.lease.valid:
-            raise LeaseLostError
+            self.lease.renew()  # it may have run out while MongoDB was away
         collected = self._collect()
         self._miss_workers()
         self._tend_source()
@@ -281,8 +287,7 @@ class Planner:
         with self.target.client.start_session(causal_consistency=True) as session:
             store.see_all(db, self.name, session)
             following = ledger.next_number(db, self.name, self.group, number + 1, session)
-            if not self.lease.valid:
-                raise LeaseLostError
+            self.lease.check()
             if not doc['clean']:
                 following = ledger.fence(db, self.name, self.group, self.epoch, following, self.lease.now())
                 store.see_all(db, self.name, session)
@@ -409,8 +414,7 @@ class Planner:
     def _plan(self, now: datetime) -> bool:
         """Claim the windows that are due, as many as are needed to keep the executor busy; returns whether there were
         any, or there is more to read."""
-        if not self.lease.valid:
-            raise LeaseLostError
+        self.lease.check()
         wanted = min(self.consumer.at_once * self._windows_per_task, CLAIM_WINDOWS)
         busy = self._dispatched | self.delivery.busy
         new = [claim for claim in self.progress.open.values() if not claim.replay]
@@ -530,8 +534,7 @@ class Planner:
         return 1 if seconds is None else max(1, min(int(TASK_SECONDS / max(seconds, 1e-6)), TASK_WINDOWS))
 
     def _start(self, claims: list[Claim]) -> None:
-        if not self.lease.valid:
-            raise LeaseLostError
+        self.lease.check()
         works = [Work.of(claim, self.emitter.picks) for claim in claims]
         task = Task(self.target, self.name, self.consumer._fn, works, self.emitter.forwards, self.consumer.limit)
         if self.emitter.overrides('emit'):

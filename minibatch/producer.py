@@ -31,7 +31,7 @@ from bson.codec_options import DatetimeConversion
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import PyMongoError
 
-from . import clock, store
+from . import clock, connection, store
 from .backlog import TIMEOUT, Limits, Room, count_backlog
 from .connection import Target, is_passing, masked, reason_of
 from .errors import (
@@ -157,6 +157,7 @@ class Producer:
         self._used = time.time()
         self._lock = threading.RLock()
         self._condition = threading.Condition(self._lock)
+        self.gave_up = False  # told to stop while MongoDB was away, who appended has not waited for it
         self.inherited = False  # by a forked child, which has producers of its own
         self._queue: deque[Entry] = deque()
         self._in_flight: list[Sent] = []
@@ -387,7 +388,8 @@ class Producer:
                     return written, refusal
             except PyMongoError as exc:
                 self._unclear = self._unclear or is_passing(exc)
-                if not is_passing(exc) or time.monotonic() > deadline:
+                self.gave_up = connection.gives_up(self.target)
+                if not is_passing(exc) or time.monotonic() > deadline or self.gave_up:
                     raise
                 logger.warning('append to %r not confirmed, trying again: %s', self.stream, reason_of(exc))
                 time.sleep(max(min(pause, deadline - time.monotonic()), 0))
@@ -543,6 +545,8 @@ def flush_all() -> None:
     """Write all that is queued in this process; called at its end."""
     for key, producer in list(_registry.items()):
         try:
+            if producer.gave_up and producer.target.is_away:
+                raise UnconfirmedError('MongoDB is away')  # whose messages they are does them again
             producer.flush()
         except Exception as exc:
             del _registry[key]  # so that a second call at the end does not wait once more

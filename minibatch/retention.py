@@ -16,7 +16,6 @@ from pymongo.errors import PyMongoError
 
 from . import dead, ledger, store
 from .connection import Target
-from .errors import LeaseLostError
 from .lease import Lease
 from .store import Span
 
@@ -94,9 +93,17 @@ class Follower:
                 self._thread.start()
             self._changed.notify_all()
             if wait != 0:
-                self._changed.wait_for(lambda: self._error or not (self._pending or self._busy), wait and 2 * wait)
+                self._wait(2 * wait if wait else float('inf'))
                 if self._error is not None:
                     raise self._error
+
+    def _wait(self, seconds: float) -> None:
+        """Wait until all is written and deleted; not as long as MongoDB is away, when the thread may wait for that."""
+        deadline = time.monotonic() + seconds
+        while not self._error and (self._pending or self._busy) and time.monotonic() < deadline:
+            if self._target.is_away:
+                break
+            self._changed.wait(PAUSE)
 
     def close(self) -> None:
         """Stop; what was not written is found out again by the next consumer."""
@@ -178,8 +185,7 @@ class Follower:
         """Delete, or mark, the messages of a span, a stretch at a time."""
         db, (producer, at, end) = self._target.majority, span
         while at < end and time.monotonic() < self._deadline:
-            if not self._lease.valid:
-                raise LeaseLostError
+            self._lease.check()
             if end - at > STRETCH:  # there may be nothing for long
                 first = store.first_kept(db, self._stream, producer, at, session)
                 at = end - 1 if first is None else min(first, end - 1)
@@ -220,8 +226,7 @@ class Follower:
         alive = store.log_ends(db, self._stream)
         finished = ledger.finished_spans(db, self._stream, self._group, self._written_number)
         alive = {**{producer: spans[0].end for producer, spans in finished.items()}, **alive}
-        if not self._lease.valid:
-            raise LeaseLostError
+        self._lease.check()
         ledger.prune_positions(db, self._stream, self._group, alive, now)
         self._positions = {producer: at for producer, at in self._positions.items() if producer in alive}
         # What a repeated insert has brought back behind us is found from the start again.

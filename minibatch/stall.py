@@ -10,6 +10,9 @@ from contextlib import suppress
 
 from pymongo.errors import PyMongoError
 
+from . import connection
+from .connection import Target
+
 logger = logging.getLogger(__name__)
 
 TICK = 1.0
@@ -20,15 +23,17 @@ class StallWatch:
 
     Args:
         name: of the consumer, for the log.
+        where: its MongoDB.
         after: seconds.
         look: returns how many windows are waiting, and how many have been finished so far.
         report: called with the seconds since when nothing was finished, or None when that is over.
     """
 
     def __init__(
-        self, name: str, after: float, look: Callable[[], tuple[int, int]], report: Callable[[float | None], None]
-    ) -> None:
-        self._name, self._after, self._look, self._report = name, after, look, report
+        self, name: str, where: Target, after: float, look: Callable[[], tuple[int, int]],
+        report: Callable[[float | None], None],
+    ) -> None:  # fmt: skip
+        self._name, self._where, self._after, self._look, self._report = name, where, after, look, report
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name='minibatch-stall', daemon=True)
 
@@ -38,7 +43,7 @@ class StallWatch:
 
     def __exit__(self, *exc: object) -> None:
         self._stopped.set()
-        self._thread.join()
+        connection.join(self._thread, self._where)
 
     def _run(self) -> None:
         since, before, stalled = time.monotonic(), -1, False

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pymongo.errors import OperationFailure, PyMongoError
 
 from . import store
-from .connection import Target
+from .connection import Target, reason_of
 from .store import Doc
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Listener:
                             call(record)
 
     def _pause(self, exc: Exception) -> None:
-        logger.info('change stream broken, opening it again: %s', exc)
+        logger.info('change stream broken, opening it again: %s', reason_of(exc))
         with self._changed:
             self._changed.wait(REOPEN_PAUSE)
 

@@ -25,7 +25,7 @@ LEVELS = {
         'metrics'},
     2: {'backlog', 'settings', 'lease', 'messages', 'models', 'groups', 'producer', 'named',
         'attached', 'tail'},
-    3: {'assign', 'edges', 'emitter', 'kinds', 'progress', 'retention', 'stall', 'wakeup', 'window', 'consumer',
+    3: {'assign', 'away', 'edges', 'emitter', 'kinds', 'progress', 'retention', 'stall', 'wakeup', 'window', 'consumer',
         'planner', 'delivery', 'beside', 'worker', 'executors', 'overview'},
     4: {'api', 'cli', 'demo', 'testing', 'contracts', 'contrib', '', '__main__'},
 }
