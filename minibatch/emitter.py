@@ -350,7 +350,7 @@ class WindowEmitter:
         picked = list(self.query(*query_args))
         if any(obj.offset is None or (obj.n or 1) > 1 for obj in picked):
             return None  # appended since the log was made to lie one by one; next time
-        return WindowPlan(spans_of(picked), picked=picked, query_args=query_args, argument=self.prepare(picked))
+        return WindowPlan(spans_of(picked), picked=picked, query_args=query_args)
 
     def prepare(self, picked: list[Any]) -> Any:
         """What the function is called with, or None for the window itself."""

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
+from itertools import islice
 from types import CoroutineType
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
@@ -25,10 +26,12 @@ from .marshaller import name_of
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT = 3.0
+LOOK_AT = 100  # items of a result; a thousand would cost a worker some percent
 COLLECTIONS = (list, tuple, set, frozenset)
 
 _loops: WeakKeyDictionary[threading.Thread, Loop] = WeakKeyDictionary()
-os.register_at_fork(after_in_child=_loops.clear)  # their threads are not in the child
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_loops.clear)  # their threads are not in the child
 
 
 # --- when it is given
@@ -104,7 +107,7 @@ def call(fn: Callable[..., Any], *args: Any, keep: bool = True) -> Any:
         else:
             break
     items = result.values() if isinstance(result, dict) else result if isinstance(result, COLLECTIONS) else ()
-    if CoroutineType in set(map(type, items)):
+    if CoroutineType in set(map(type, islice(items, LOOK_AT))):
         raise DataError('coroutines are in what the function returned, which nobody awaits; return '
                         'await asyncio.gather(*coroutines)')  # fmt: skip
     return result

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from .retention import Follower
 from .stall import StallWatch
 from .store import Span
 from .wakeup import listener
-from .worker import Outcome, Task, Work, cause_of_loss
+from .worker import Outcome, Task, Work, cause_of_loss, failure
 
 if TYPE_CHECKING:
     from .consumer import Consumer
@@ -351,8 +351,7 @@ class Planner:
         replay = claim.replay and claim.number in self.progress.open
         docs = dead.copies(db, claim.id) if replay else store.read_documents(db, self.name, claim.spans)
         claim.picked = [Buffer._from_son(doc) for doc in docs]
-        if not any('unreadable' in doc for doc in docs):
-            claim.argument = self.emitter.prepare(claim.picked)
+        claim.readable = not any('unreadable' in doc for doc in docs)
 
     # --- plan and claim
 
@@ -535,17 +534,36 @@ class Planner:
 
     def _start(self, claims: list[Claim]) -> None:
         self.lease.check()
+        claims = [claim for claim in claims if self._is_prepared(claim)]
+        if not claims:
+            return
         works = [Work.of(claim, self.emitter.picks) for claim in claims]
         task = Task(self.target, self.name, self.consumer._fn, works, self.emitter.forwards, self.consumer.limit)
         if self.emitter.overrides('emit'):
             task.fn = Portable(self.emitter.emit)
-            completion: Any = _Done(task())
-            self.consumer.wake((task, completion))
+            self._await(task, _Done(task()))
         else:
-            completion = self.consumer.executor.submit(task)
-            completion.add_done_callback(lambda done: self.consumer.wake((task, done)))
+            self._await(task, self.consumer.executor.submit(task))
+
+    def _is_prepared(self, claim: Claim) -> bool:
+        """Let an emitter that picks messages make what its function is called with; what it raises is an attempt."""
+        if not (self.emitter.picks and claim.readable):
+            return True
+        try:
+            claim.argument = self.emitter.prepare(claim.picked)
+        except BaseException as exc:
+            if signals.is_signal(exc):
+                raise
+            work = Work.of(claim, picked=True)
+            task = Task(self.target, self.name, None, [work], False)
+            self._await(task, _Done([failure(work, exc, by_function=True)]))
+            return False
+        return True
+
+    def _await(self, task: Task, completion: Any) -> None:
+        completion.add_done_callback(lambda done: self.consumer.wake((task, done)))
         self._in_flight[id(task)] = task, completion
-        self._dispatched.update(claim.number for claim in claims)
+        self._dispatched.update(work.number for work in task.works)
 
     # --- settle
 
@@ -676,3 +694,6 @@ class _Done:
 
     def result(self) -> Any:
         return self._value
+
+    def add_done_callback(self, fn: Callable[[Any], Any]) -> None:
+        fn(self)

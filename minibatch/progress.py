@@ -38,6 +38,7 @@ class WindowPlan:
     picked: list[Any] = field(default_factory=list)
     query_args: Any = ()
     argument: Any = None
+    readable: bool = True
 
     @cached_property
     def n(self) -> int:

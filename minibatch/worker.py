@@ -204,7 +204,7 @@ class Task:
             found = Records(self.target.majority, self.stream, spans)
         except Exception as exc:
             if not _is_of_the_messages(exc):
-                return [_failure(work, exc, by_function=False) for work in self.works]
+                return [failure(work, exc, by_function=False) for work in self.works]
         return self._do_all(found)
 
     def _do_all(self, found: Records | None) -> list[Outcome]:
@@ -216,7 +216,7 @@ class Task:
         except ServerError as exc:
             by_function = not isinstance(exc, UnconfirmedError)
             outcomes = [
-                outcome if outcome.error else _failure(work, exc, by_function)
+                outcome if outcome.error else failure(work, exc, by_function)
                 for work, outcome in zip(self.works, outcomes, strict=True)
             ]
         return outcomes
@@ -227,10 +227,10 @@ class Task:
             window = load(self.target, self.stream, work, found)
         except Exception as exc:
             connection.heal(self.target.client, exc)
-            return _failure(work, exc, by_function=_is_of_the_messages(exc))
+            return failure(work, exc, by_function=_is_of_the_messages(exc))
         if window.missing and not len(window):
             if work.replay:
-                return _failure(work, DataError('the copies of its messages are gone'), by_function=True)
+                return failure(work, DataError('the copies of its messages are gone'), by_function=True)
             return Outcome(work.number, skipped=True, missing=window.missing)
         loaded = time.perf_counter()
         try:
@@ -239,7 +239,7 @@ class Task:
         except BaseException as exc:
             if not self.remote and signals.is_signal(exc):
                 raise
-            return _failure(work, exc, by_function=True, missing=window.missing)
+            return failure(work, exc, by_function=True, missing=window.missing)
         ended = time.perf_counter()
         return Outcome(
             work.number, result, pickled=self._pickles, missing=window.missing, seconds=ended - started,
@@ -303,7 +303,8 @@ def _is_of_the_messages(exc: Exception) -> bool:
     return isinstance(exc, DataError) or not isinstance(exc, (MinibatchError, PyMongoError, OSError))
 
 
-def _failure(work: Work, exc: BaseException, by_function: bool, missing: int = 0) -> Outcome:
+def failure(work: Work, exc: BaseException, by_function: bool, missing: int = 0) -> Outcome:
+    """What became of a window that has failed so."""
     trace = exc.__traceback__
     while by_function and trace is not None and trace.tb_frame.f_globals.get('__package__') == __package__:
         trace = trace.tb_next  # the frames above the function say nothing to its author

@@ -15,6 +15,7 @@ from servers import eventually
 import minibatch as mb
 from minibatch import functions, store, testing
 from minibatch.errors import ArgumentError, ConsumerEndedError, DataError
+from minibatch.models import Buffer
 from minibatch.testing import InlineExecutor, ListSink
 from minibatch.window import CountWindow, WindowEmitter
 
@@ -714,3 +715,31 @@ def test_an_error_whose_text_exits_is_told_all_the_same():
             raise SystemExit(1)
 
     assert store.in_words(Wordless()) == 'Wordless: (its text cannot be had: SystemExit)'
+
+
+class PicksTwo(WindowEmitter):
+    def window_ready(self):
+        waiting = Buffer.objects.no_cache().filter(processed=False)
+        self.picked = sorted(waiting, key=lambda obj: obj.data['v'])[:2]
+        return len(self.picked) == 2, ()
+
+    def query(self):
+        return self.picked
+
+
+class Prepares(PicksTwo):
+    def process(self, objs):
+        return refuses_zero(objs)
+
+
+def refuses_zero(objs):
+    if objs[0].data['v'] == 0:
+        raise SystemExit('why')
+    return [obj.data['v'] for obj in objs]
+
+
+@pytest.mark.parametrize('options', [{'emitter': Prepares}, {'emitter': PicksTwo, 'processfn': refuses_zero}])
+def test_what_prepares_a_window_that_was_picked_may_raise_as_the_function_may(stream, options, monkeypatch):
+    monkeypatch.setattr('minibatch.delivery.RETRY_PAUSES', (0.01, 0.01))
+    assert consumed(stream, lambda values: values, 2, **options) == ([[2, 3]], ['SystemExit: why'])
+    assert [dead.attempts for dead in stream.dead_letters()] == [2]

@@ -262,8 +262,16 @@ def test_a_consumer_that_cannot_be_sent_is_refused_at_once(make):
         make().start_streaming(lambda url: lock)
 
 
-@pytest.mark.parametrize('consumer', [lambda: 1, lambda a, b: 1, lambda *, url: 1, 5])
-def test_a_consumer_that_does_not_take_the_url_is_refused_at_once(make, consumer):
+async def later(url):
+    consume(url)
+
+
+def generated(url):
+    yield consume(url)
+
+
+@pytest.mark.parametrize('consumer', [lambda: 1, lambda a, b: 1, lambda *, url: 1, 5, later, generated])
+def test_a_consumer_that_does_not_take_the_url_or_would_not_run_is_refused_at_once(make, consumer):
     with pytest.raises(ArgumentError, match='consumer must'):
         make().start_streaming(consumer)
 

@@ -230,6 +230,8 @@ class StreamingApp(Blueprint):
             raise ArgumentError(f'consumer must be a function that takes the URL, not {consumer!r}')
         if not _takes_url(consumer):
             raise ArgumentError(f'consumer must take one argument, the URL, as consumer(url) does, not {consumer!r}')
+        if not _runs(consumer):
+            raise ArgumentError(f'consumer must be a plain function, not {consumer!r}: nothing of it would run')
         if name is not None:
             _check_name(name)
         name = name or str(getattr(consumer, '__name__', type(consumer).__name__))
@@ -366,6 +368,12 @@ def _takes_url(consumer: Callable[..., Any]) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _runs(consumer: Callable[..., Any]) -> bool:
+    """Whether a call runs it: it is neither async nor a generator."""
+    kinds = inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction
+    return not any(kind(each) for kind in kinds for each in (consumer, type(consumer).__call__))
 
 
 def _url_of(om: Any) -> str:
