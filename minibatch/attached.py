@@ -12,6 +12,7 @@ from . import functions, signals
 from .abc import Source
 from .errors import ArgumentError, MinibatchError
 from .store import in_words
+from .text import plain
 
 if TYPE_CHECKING:
     from .models import Stream
@@ -132,5 +133,5 @@ class Attached:
         told = isinstance(exc, (MinibatchError, OSError))  # else it may be a mistake in the source
         logger.warning(
             'the source of stream %r (%s) %s: %s',
-            self._stream.name, type(self.source).__name__, what, in_words(exc), exc_info=not told,
+            self._stream.name, type(self.source).__name__, what, plain(in_words(exc)), exc_info=not told,
         )  # fmt: skip

@@ -22,6 +22,7 @@ from .errors import ArgumentError, LeaseLostError, ServerError, WindowFailedErro
 from .lease import Lease
 from .progress import Claim, Progress
 from .retention import Follower
+from .text import plain, plain_lines
 from .worker import Outcome, Work, load
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ class Delivery:
         """Make a dead letter of each bad message, and let late ones go where they belong."""
         bad = [claim for claim in claims if claim.bad]
         for claim in bad:
-            logger.error('a message belongs to no window, %s: dead letter %s', claim.bad, claim.id)
+            logger.error('a message belongs to no window, %s: dead letter %s', plain(claim.bad), plain(claim.id))
         self._late.add([claim for claim in claims if claim.late])
         self._stop_or_bury({claim.number: Outcome(claim.number, error=claim.bad) for claim in bad})
 
@@ -293,9 +294,9 @@ class Delivery:
             last = outcome.by_function and claim.attempts - claim.tried >= self._emitter.max_attempts
             pause = 0.0 if last else _pause(claim)
             what = 'no attempt is left' if last else f'next attempt in {pause:.1f} s'
-            why = f'{outcome.error}\n{outcome.traceback}'.rstrip()
+            why = plain_lines(f'{outcome.error}\n{outcome.traceback}'.rstrip())
             level = logging.DEBUG if outcome.lost and not outcome.by_function else logging.ERROR
-            logger.log(level, 'window %s failed (attempt %d), %s: %s', claim.id, claim.attempts, what, why)
+            logger.log(level, 'window %s failed (attempt %d), %s: %s', plain(claim.id), claim.attempts, what, why)
             claim.failures += 1
             claim.not_before = time.monotonic() + pause
             if last:

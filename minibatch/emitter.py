@@ -20,6 +20,7 @@ from .messages import Message
 from .models import Buffer, Stream, Window, check_choice, check_name, check_options
 from .progress import Log, WindowPlan
 from .store import Span
+from .text import plain
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +294,7 @@ class WindowEmitter:
     @property
     def name(self) -> str:
         """How logs name this consumer: stream/group."""
-        return f'{self.stream_name}/{self.group}'
+        return plain(f'{self.stream_name}/{self.group}')
 
     @property
     def forwards(self) -> bool:

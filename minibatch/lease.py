@@ -19,6 +19,7 @@ from pymongo.errors import PyMongoError
 from . import clock, connection, ledger, store
 from .connection import Target, reason_of
 from .errors import GroupConflictError, LeaseLostError
+from .text import plain
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ class Lease:
                 return
             except PyMongoError as exc:
                 if not self._target.is_away:  # which is said by the consumer
-                    logger.warning('lease of %s/%s not renewed yet: %s', self._stream, self._group, reason_of(exc))
+                    name = plain(f'{self._stream}/{self._group}')
+                    logger.warning('lease of %s not renewed yet: %s', name, reason_of(exc))
 
 
 def take(

@@ -18,6 +18,7 @@ from . import dead, ledger, store
 from .connection import Target
 from .lease import Lease
 from .store import Span
+from .text import plain
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ class Follower:
         expired = set(ledger.expired_groups(self._target.majority, self._stream))
         new, self._expired = expired - self._expired, expired
         for id_ in sorted(new):
-            logger.warning('group %s has not been run for group_expiry: messages no longer wait for it', id_)
+            logger.warning('group %s has not been run for group_expiry: messages no longer wait for it', plain(id_))
 
     def _trim_dead(self) -> None:
         if time.monotonic() - self._trimmed < TRIM_PAUSE:
@@ -216,7 +217,7 @@ class Follower:
         trimmed = dead.trim(self._target.majority, self._stream, self._group, before, MAX_DEAD)
         if trimmed:
             logger.warning('%s/%s: %d dead letters were older than %d days, or more than %d, and are gone',
-                           self._stream, self._group, trimmed, DEAD_KEPT.days, MAX_DEAD)  # fmt: skip
+                           plain(self._stream), plain(self._group), trimmed, DEAD_KEPT.days, MAX_DEAD)  # fmt: skip
 
     def _forget_idle_producers(self) -> None:
         if time.monotonic() - self._pruned < PRUNE_PAUSE:

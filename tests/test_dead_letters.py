@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import subprocess
 import sys
@@ -660,3 +661,20 @@ def test_a_consumer_that_waits_for_a_retried_window_does_not_spin(stream, db):
         release.set()
         eventually(lambda: db.group.find_one({'number': 1}))
     pool.shutdown()
+
+
+def test_names_and_errors_make_no_line_of_their_own_in_a_log_and_steer_no_terminal(url, caplog):
+    caplog.set_level(logging.DEBUG, 'minibatch')
+    forged = 'x\nERROR forged\r\x1b[2J\u2028ERROR forged'
+
+    def fail(window):
+        raise ValueError(forged)
+
+    mb.stream(forged, url=url).append_many([{'i': 0}] * 2)
+    emitter = mb.make_emitter(forged, fail, url=url, group=forged, size=1, max_attempts=1, executor=InlineExecutor)
+    while emitter._run_once():
+        pass
+    emitter.stop()
+    assert 'ValueError' in caplog.text
+    lines = [line for record in caplog.records for line in record.getMessage().split('\n')]
+    assert [line for line in lines if not line.isprintable() or line.startswith('ERROR')] == []

@@ -20,7 +20,7 @@ PACKAGE = ROOT / 'minibatch'
 
 # Imports point from a higher level to the same or a lower one. '' is the package itself, __init__.py.
 LEVELS = {
-    0: {'errors', 'abc', 'clock', 'jsontext', 'signals'},
+    0: {'errors', 'abc', 'clock', 'jsontext', 'signals', 'text'},
     1: {'connection', 'embedded', 'unreadable', 'store', 'ledger', 'dead', 'fields', 'functions', 'marshaller',
         'metrics'},
     2: {'backlog', 'settings', 'lease', 'messages', 'models', 'groups', 'producer', 'named',

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from ..errors import MinibatchError
+from ..text import plain
 from . import completion, dead, groups, messages, run, server, streams
-from .output import plain
 
 INTERRUPTED = 130
 

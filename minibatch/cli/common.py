@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .output import plain
+from ..text import plain
 
 if TYPE_CHECKING:
     from ..connection import Target

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..text import plain
 from .common import as_json, ask, fields_of, find_stream, find_target, stream_names, url_option, yes_option
-from .output import count_text, plain, print_json, print_table, time_text
+from .output import count_text, print_json, print_table, time_text
 
 if TYPE_CHECKING:
     from ..groups import DeadLetters

@@ -6,6 +6,7 @@ from datetime import datetime
 
 import click
 
+from ..text import plain
 from .common import (
     as_json,
     ask,
@@ -18,7 +19,7 @@ from .common import (
     url_option,
     yes_option,
 )
-from .output import count_text, plain, print_json, print_table, time_text
+from .output import count_text, print_json, print_table, time_text
 
 
 def _place(ctx: click.Context, param: click.Parameter, value: str) -> str | datetime:

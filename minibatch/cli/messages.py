@@ -14,8 +14,9 @@ import click
 
 from .. import signals
 from ..errors import DataError, MinibatchError, ServerError
+from ..text import plain
 from .common import as_json, find_stream, find_target, stream_names, url_option
-from .output import count_text, plain, print_json
+from .output import count_text, print_json
 from .reading import BadInput, Input
 
 if TYPE_CHECKING:

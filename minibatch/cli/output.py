@@ -12,13 +12,10 @@ from typing import Any
 
 import click
 
+from ..text import plain
+
 LEAST_CUT = 20
 UNLIMITED = 10_000
-
-
-def plain(text: str) -> str:
-    """Text for a terminal: what a message says must not steer it, so what is not printable is escaped."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
 def print_json(value: dict[str, Any]) -> None:

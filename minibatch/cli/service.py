@@ -100,7 +100,7 @@ def _run(module: ModuleType, spec: ModuleSpec, name: str) -> None:
 def _check_groups(emitters: Sequence[WindowEmitter]) -> None:
     known: dict[tuple[Any, ...], WindowEmitter] = {}
     for emitter in emitters:
-        other = known.setdefault((emitter.stream.target, emitter.name), emitter)
+        other = known.setdefault((emitter.stream.target, emitter.stream_name, emitter.group), emitter)
         if other is not emitter:
             raise ArgumentError(
                 f'{describe(other)} and {describe(emitter)} are one consumer group; give one of them another group='

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..text import plain
 from .common import as_json, find_stream, stream_names, url_option
-from .output import plain, print_json, print_table
+from .output import print_json, print_table
 
 if TYPE_CHECKING:
     from ..overview import GroupStatus, StreamStatus

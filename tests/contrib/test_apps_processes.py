@@ -142,10 +142,14 @@ def test_while_a_consumer_ends_nobody_is_told_that_its_exit_code_is_none(make, m
     app.start_streaming(broken)
     assert asked.wait(20)
     problem, status = said[0]
+    assert problem == ''
+    assert (status['state'], status['healthy'], status['exit_code']) == ('running', True, None)
+    problem = eventually(lambda: app.consumers[0].problem)
     assert problem == (
         "consumer 'broken' is not running: it ended with exit code 1, RuntimeError: no such sensor; "
         'it will be started again'
     )
+    status = app.consumers[0].as_dict()
     assert (status['state'], status['exit_code'], status['pid']) == ('waiting', 1, None)
 
 
@@ -366,6 +370,59 @@ def test_the_example_runs_under_a_production_server(url, command):
         process.stdout.read()
         process.wait(20)
         gone(family)
+
+
+PRELOADED = """
+from minibatch.contrib.apps import StreamingApp
+
+app = StreamingApp()
+
+def broken(url):
+    raise RuntimeError('no such sensor')
+
+app.start_streaming(broken)
+"""
+
+
+def test_an_app_that_is_loaded_before_its_workers_are_forked_tells_of_consumers_that_crash(url, tmp_path):
+    (tmp_path / 'preloaded.py').write_text(PRELOADED)
+    command = ['-m', 'gunicorn', '--preload', '--chdir', str(tmp_path), '--bind', '127.0.0.1:{port}', 'preloaded:app']
+    with webapp(url, *command) as (process, address):
+        _, said = eventually(lambda: (found := get(f'{address}/health'))[0] == 503 and found)
+        assert re.match("consumer 'broken' .*RuntimeError: no such sensor", said['reasons'][0])
+        eventually(lambda: get(f'{address}/status')[1]['consumers'][0]['restarts'] > 1)
+        process.terminate()
+        process.stdout.read()
+        process.wait(20)
+
+
+FORKED = """
+import os, sys, time
+from minibatch.contrib.apps import StreamingApp, supervisor
+
+app = StreamingApp(uri=sys.argv[1])
+app.start_streaming(lambda url: time.sleep(1000), name='mine')
+if not os.fork():
+    app.stop(0)
+    print(app.problems(), flush=True)
+    supervisor.UNWATCHED = -1.0
+    print(app.problems(), flush=True)
+    os._exit(0)
+os.wait()
+print(os.getpid(), app.consumers[0].pid is not None, app.problems())
+app.stop(0)
+"""
+
+
+def test_a_fork_tells_of_consumers_it_cannot_stop_and_when_nobody_watches_them(url):
+    ran = subprocess.run([sys.executable, '-c', FORKED, url], capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0, ran.stderr
+    well, unwatched, mine = ran.stdout.splitlines()
+    pid = mine.split()[0]
+    assert (well, mine) == ('[]', f'{pid} True []')
+    assert unwatched == (
+        f"""["consumer 'mine' is not watched: process {pid}, which has started it, is gone or hangs"]"""
+    )
 
 
 def test_the_example_is_under_15_lines():

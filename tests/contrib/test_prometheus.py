@@ -47,6 +47,17 @@ def values(text):
 GROUP = (('group', 'default'), ('stream', 'test'))
 
 
+def test_names_are_labels_and_no_lines_of_their_own(url):
+    forged = 'x"} 1\nminibatch_stored{stream="forged\\\\"} 7\r\u2028{}'
+    mb.stream(forged, url=url).append({'i': 0})
+    emitter = mb.make_emitter(forged, lambda window: None, url=url, group=forged, size=1, executor=InlineExecutor)
+    while emitter._run_once():
+        pass
+    found = values(metrics_text(mb.status(url)))
+    assert set(found['minibatch_stored']) == {(('stream', forged),)}
+    assert set(found['minibatch_processed_total']) == {(('group', forged), ('stream', forged))}
+
+
 def test_metrics_tell_what_status_tells(url, consumed):
     found = values(metrics_text(mb.status(url)))
     [group] = mb.status(url)[0].groups

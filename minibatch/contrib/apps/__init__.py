@@ -181,8 +181,8 @@ class StreamingApp(Blueprint):
 
     @property
     def consumers(self) -> list[ConsumerProcess]:
-        """The consumers that this process has started; those of a process that was forked are its parent's."""
-        return list(self._consumers) if os.getpid() == self._pid else []
+        """The consumers that were started, by this process or by one that it was forked from."""
+        return list(self._consumers)
 
     def problems(self, look: Look | None = None) -> list[str]:
         """What is not well, in words: nothing, or no database, a dead consumer, a stalled group, a failing source."""
@@ -235,8 +235,6 @@ class StreamingApp(Blueprint):
         if name is not None:
             _check_name(name)
         name = name or str(getattr(consumer, '__name__', type(consumer).__name__))
-        if os.getpid() != self._pid:
-            self._consumers, self._pid = [], os.getpid()
         if name in [each.name for each in self._consumers]:
             raise ArgumentError(f'there is a consumer {name!r} already; give this one another name=')
         process = ConsumerProcess(consumer, self.url, name)
@@ -289,7 +287,7 @@ class StreamingApp(Blueprint):
         if not known or not 0 <= timeout <= threading.TIMEOUT_MAX:
             raise ArgumentError(f'timeout must be a number of seconds, 0 or more, not {timeout!r}')
         self.ending = True
-        consumers = self.consumers
+        consumers = [consumer for consumer in self._consumers if consumer.is_mine]
         for consumer in consumers:
             consumer.stop(timeout)
         if self._web is not None and os.getpid() == self._pid:
@@ -298,7 +296,8 @@ class StreamingApp(Blueprint):
             self._thread.join(timeout)
         for consumer in consumers:
             consumer.join()
-        self._consumers, self._web, self._thread = [], None, None
+        self._consumers = [consumer for consumer in self._consumers if not consumer.is_mine]
+        self._web, self._thread = None, None
         atexit.unregister(self.stop)
 
     def __enter__(self) -> StreamingApp:

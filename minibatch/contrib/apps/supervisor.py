@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import mmap
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from typing import IO, Any
 
@@ -29,11 +34,55 @@ SETTLED = 5.0  # seconds that a process must run before it counts as well again,
 WELL = 60.0  # by then it counts as well, and the next pause is a short one again
 KILL_TIMEOUT = 5.0
 POLL = 0.05
+BEAT = 1.0  # seconds between two signs of life of who watches a process
+UNWATCHED = 15.0
+BOARD_BYTES = 16384
+HEADER = struct.Struct('>II')
 
 
 def is_consumer_process() -> bool:
     """Whether this is the process of a consumer, or one of its workers."""
     return os.environ.get(PROCESS_VARIABLE) in (str(os.getpid()), str(os.getppid()))
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of the process of a consumer; times but `since` are monotonic."""
+
+    started: float
+    since: str
+    seen: float
+    pid: int | None = None
+    lived: float = 0.0
+    restarts: int = 0
+    exit_code: int | None = None
+    error: str = ''
+    stopped: bool = False
+
+
+class Board:
+    """Memory in which a process says its state to those that are forked from it; they read it without any lock."""
+
+    def __init__(self, state: State) -> None:
+        self._memory, self._last = mmap.mmap(-1, BOARD_BYTES), state
+        self.write(state)
+
+    def write(self, state: State) -> None:
+        """Say it."""
+        text = json.dumps(asdict(state)).encode()
+        record = HEADER.pack(len(text), zlib.crc32(text)) + text
+        self._memory[: len(record)] = record
+
+    def read(self) -> State:
+        """What was said last; what is being written at this moment is read again."""
+        for _ in range(100):
+            length, checksum = HEADER.unpack_from(self._memory)
+            text = self._memory[HEADER.size : HEADER.size + length]
+            if zlib.crc32(text) == checksum:
+                self._last = State(**json.loads(text))
+                break
+            time.sleep(0.001)
+        return self._last
 
 
 class ConsumerProcess:
@@ -42,6 +91,8 @@ class ConsumerProcess:
     The process is a new interpreter. It is given the function through a pipe, and ends when this process has ended,
     however that was. When it ends for another reason it is started again, after a pause that grows from 1 to 60
     seconds.
+
+    What it knows of the process it also says in processes that are forked from this one, as by ``gunicorn --preload``.
 
     Args:
         consumer: the function; with all that it refers to in its module it must be picklable by cloudpickle.
@@ -62,9 +113,8 @@ class ConsumerProcess:
         self._lock = threading.RLock()
         self._stopped = threading.Event()
         self._deadline = 0.0
-        self._started, self._lived = time.monotonic(), 0.0
-        self._since = datetime.now(timezone.utc)
-        self.restarts, self.exit_code, self.error = 0, None, ''  # type: int, int | None, str
+        self._owner = os.getpid()
+        self._board = Board(State(time.monotonic(), _now(), time.monotonic()))
         self._thread = threading.Thread(target=self._supervise, name=f'minibatch-app-{name}', daemon=True)
 
     def start(self) -> None:
@@ -77,6 +127,7 @@ class ConsumerProcess:
         self._deadline = time.monotonic() + timeout
         with self._lock:  # else it might be started just now
             self._stopped.set()
+            self._note(stopped=True)
             self._signal(signal.SIGTERM)
 
     def hurry(self) -> None:
@@ -88,38 +139,66 @@ class ConsumerProcess:
         self._thread.join()
 
     @property
+    def is_mine(self) -> bool:
+        """Whether this very process has started it, and not one that this was forked from."""
+        return self._owner == os.getpid()
+
+    @property
+    def state(self) -> State:
+        """What is known of the process, all at one moment."""
+        return self._board.read()
+
+    @property
     def pid(self) -> int | None:
         """The id of the process, or None while there is none."""
-        process = self._process
-        return process.pid if process is not None else None
+        return self.state.pid
+
+    @property
+    def restarts(self) -> int:
+        """How often the process was started again."""
+        return self.state.restarts
+
+    @property
+    def exit_code(self) -> int | None:
+        """That of the process which has ended last, or None while none has."""
+        return self.state.exit_code
 
     @property
     def problem(self) -> str:
         """Why this consumer is not well, or ''."""
-        if self._stopped.is_set():
+        return self._problem(self.state)
+
+    def _problem(self, state: State) -> str:
+        now = time.monotonic()
+        if state.stopped:
             return f'consumer {self.name!r} is stopped'
-        with self._lock:
-            ended = f'it ended with {_exit(self.exit_code)}' + (f', {self.error}' if self.error else '')
-            if self._process is None:
-                return f'consumer {self.name!r} is not running: {ended}; it will be started again'
-            if self.restarts and time.monotonic() - self._started < min(max(SETTLED, 1.5 * self._lived), WELL):
-                return f'consumer {self.name!r} was started again: {ended}'
-            return ''
+        if now - state.seen > UNWATCHED:
+            watcher = f'process {self._owner}, which has started it'
+            return f'consumer {self.name!r} is not watched: {watcher}, is gone or hangs'
+        ended = f'it ended with {_exit(state.exit_code)}' + (f', {state.error}' if state.error else '')
+        if state.pid is None:
+            return f'consumer {self.name!r} is not running: {ended}; it will be started again'
+        if state.restarts and now - state.started < min(max(SETTLED, 1.5 * state.lived), WELL):
+            return f'consumer {self.name!r} was started again: {ended}'
+        return ''
 
     def as_dict(self) -> dict[str, Any]:
         """What /status says of it."""
-        with self._lock:  # what has just ended is told of all at once
-            state = 'stopped' if self._stopped.is_set() else 'running' if self._process is not None else 'waiting'
-            return {
-                'name': self.name,
-                'state': state,
-                'healthy': not self.problem,
-                'pid': self.pid,
-                'since': self._since.isoformat(timespec='seconds'),
-                'restarts': self.restarts,
-                'exit_code': self.exit_code,
-                'error': self.error,
-            }
+        state = self.state
+        return {
+            'name': self.name,
+            'state': 'stopped' if state.stopped else 'waiting' if state.pid is None else 'running',
+            'healthy': not self._problem(state),
+            'pid': state.pid,
+            'since': state.since,
+            'restarts': state.restarts,
+            'exit_code': state.exit_code,
+            'error': state.error,
+        }
+
+    def _note(self, **changes: Any) -> None:
+        with self._lock:
+            self._board.write(replace(self._board.read(), seen=time.monotonic(), **changes))
 
     def _supervise(self) -> None:
         pause, longest = PAUSES
@@ -128,23 +207,29 @@ class ConsumerProcess:
                 self._run()
             if self._stopped.is_set():
                 return
-            if self._lived > WELL:
+            state = self.state
+            if state.lived > WELL:
                 pause = PAUSES[0]
             logger.warning('consumer %r ended with %s, it is started again in %g s', self.name,
-                           _exit(self.exit_code), pause)  # fmt: skip
-            if self._stopped.wait(pause):
+                           _exit(state.exit_code), pause)  # fmt: skip
+            if self._stopped_within(pause):
                 return
             pause = min(pause * 2, longest)
             with self._lock:
                 if self._stopped.is_set():
                     return
                 try:
-                    self._launch()
-                    self.restarts += 1
+                    self._launch(state.restarts + 1)
                 except OSError as exc:  # no memory, or no file descriptors, for the moment
-                    self.error = f'it could not be started: {exc}'
+                    self._note(error=f'it could not be started: {exc}')
 
-    def _launch(self) -> None:
+    def _stopped_within(self, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._stopped.wait(min(left, BEAT)):
+            self._note()
+        return self._stopped.is_set()
+
+    def _launch(self, restarts: int = 0) -> None:
         reader, writer = os.pipe()
         os.set_blocking(reader, False)
         command = [sys.executable, '-m', 'minibatch.contrib.apps.child', self.name, str(writer)]
@@ -158,7 +243,7 @@ class ConsumerProcess:
         finally:
             os.close(writer)
         self._words = reader
-        self._started, self._since = time.monotonic(), datetime.now(timezone.utc)
+        self._note(started=time.monotonic(), since=_now(), pid=self._process.pid, restarts=restarts)
         logger.info('consumer %r started, process %d', self.name, self._process.pid)
 
     def _run(self) -> None:
@@ -173,9 +258,8 @@ class ConsumerProcess:
             os.killpg(process.pid, signal.SIGKILL)
         _await_end(process.pid)
         with self._lock:
-            self.exit_code = process.wait()
-            self._since, self._lived = datetime.now(timezone.utc), time.monotonic() - self._started
-            self.error = self._last_words()
+            code, lived = process.wait(), time.monotonic() - self.state.started
+            self._note(exit_code=code, lived=lived, since=_now(), error=self._last_words(), pid=None)
             self._process = None
         feeding.join()
         with suppress(BrokenPipeError):
@@ -189,6 +273,8 @@ class ConsumerProcess:
     def _wait(self, pid: int) -> None:
         killed = False
         while not _has_ended(pid):
+            if time.monotonic() - self.state.seen > BEAT:
+                self._note()
             if not killed and self._stopped.is_set() and time.monotonic() > self._deadline:
                 logger.warning('consumer %r did not end in time, it is killed', self.name)
                 self._signal(signal.SIGKILL)
@@ -208,6 +294,10 @@ class ConsumerProcess:
             return ''
         finally:
             os.close(self._words)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
 
 def _has_ended(pid: int) -> bool:
