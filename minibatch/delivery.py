@@ -14,7 +14,7 @@ from pymongo import MongoClient
 from pymongo.client_session import ClientSession
 from pymongo.errors import PyMongoError
 
-from . import connection, dead, functions, ledger, metrics, signals, store
+from . import connection, dead, functions, ledger, metrics, producer, signals, store
 from .abc import BulkSink, ExactlyOnceSink, WindowCommit
 from .beside import Beside
 from .connection import Target
@@ -140,7 +140,8 @@ class Delivery:
             self._lease.check()
             windows = [self._commit_of(claim) for claim, _ in run[taken:]]
             try:
-                count = functions.call(self._bulk.put_many, [outcome.value for _, outcome in run[taken:]], windows)
+                with producer.flushed():
+                    count = functions.call(self._bulk.put_many, [outcome.value for _, outcome in run[taken:]], windows)
                 if not (isinstance(count, int) and 0 <= count <= len(windows)):
                     raise TypeError(f'put_many must return how many results it took, not {count!r}')
             except LeaseLostError:
@@ -192,7 +193,8 @@ class Delivery:
             functions.call(self._once.put_once, outcome.value, window)
             claim.committed = window.done
         elif self._emitter.forwards:
-            functions.call(self._emitter.forward, outcome.value, keep=False)
+            with producer.flushed():
+                functions.call(self._emitter.forward, outcome.value, keep=False)
 
     def _commit_of(self, claim: Claim) -> _Commit:
         return _Commit(self._target, claim.id, self._lease.epoch, self._note_session)

@@ -352,7 +352,7 @@ class Stream(_Model):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._batchsize, self._linger, self._limits = state['handle']
+        self._batchsize, self._linger, self._limits = state.get('handle') or (1, 1.0, Limits())
 
     @property
     def target(self) -> Target:

@@ -1,5 +1,6 @@
 """Streams and windows; models and appends without a server, on mongomock, and streams as sinks and as archives."""
 
+import asyncio
 import copy
 import pickle
 import subprocess
@@ -560,3 +561,55 @@ def test_a_function_appends_to_the_stream_it_refers_to_wherever_it_runs(url, db,
     assert 'hush' not in str([list(db[name].find()) for name in db.list_collection_names()])
     ours = [record.getMessage() for record in caplog.records if record.name.startswith('minibatch')]
     assert not any('hush' in said for said in ours)
+
+
+class Forwarding:
+    """A sink that appends to a stream which only queues."""
+
+    def __init__(self, out):
+        self.out = out
+
+    def put(self, messages):
+        self.out.append({'how': 'one'})
+
+
+class ForwardingLater(Forwarding):
+    async def put(self, messages):
+        await asyncio.sleep(0)
+        self.out.append({'how': 'later'})
+
+
+class ForwardingMany(Forwarding):
+    def put_many(self, results, windows):
+        self.out.append({'how': 'many'})
+        return len(results)
+
+
+@pytest.mark.parametrize(
+    ('made', 'expected'),
+    [(Forwarding, ['one', 'one']), (ForwardingLater, ['later', 'later']), (ForwardingMany, ['many'])],
+)
+def test_a_window_is_done_when_what_its_sink_has_queued_is_stored(url, made, expected):
+    stream, out = mb.stream('in', url=url), mb.stream('out', url=url, batchsize=100, linger=1000)
+    stream.append_many([{'v': 1}, {'v': 2}])
+    mb.make_emitter('in', None, stream=stream, size=1, sink=made(out), executor='inline').run(blocking=False)
+    stored = [data['how'] for record in out.buffer() for data in record.batch or [record.data]]
+    assert stored == expected
+
+
+def test_the_source_of_a_stream_stays_where_it_was_attached(url):
+    ended, stream = threading.Event(), mb.stream('s', url=url)
+
+    class Source:
+        def stream(self, stream):
+            ended.wait(60)
+
+        def cancel(self):
+            ended.set()
+
+    stream.attach(Source())
+    with pickle.loads(pickle.dumps(stream)) as came:
+        assert came.source is None
+    assert not ended.is_set()
+    stream.close()
+    assert ended.is_set()

@@ -259,10 +259,22 @@ def test_models_in_a_worker_mean_the_database_that_their_parent_opened_first(tar
 
 
 @pytest.mark.parametrize('remote', [True, False])
-def test_a_window_is_done_when_what_its_function_has_queued_is_stored(target, remote):
+@pytest.mark.parametrize('kind', ['plain', 'async', 'generator'])
+def test_a_window_is_done_when_what_its_function_has_queued_is_stored(target, remote, kind):
     out = mb.stream('out', url=target.url, batchsize=100, linger=1000)
-    works = [work(1, ('a', 0, 5)), work(2, ('a', 5, 10))]
-    task = Task(target, 's', Portable(lambda window: out.append({'v': 1})), works, False)
+
+    def plain(window):
+        out.append({'v': 1})
+
+    async def later(window):
+        await asyncio.sleep(0)
+        out.append({'v': 1})
+
+    def generator(window):
+        yield out.append({'v': 1})
+
+    fn = {'plain': plain, 'async': later, 'generator': generator}[kind]
+    task = Task(target, 's', Portable(fn), [work(1, ('a', 0, 5)), work(2, ('a', 5, 10))], False)
     task = pickle.loads(pickle.dumps(task)) if remote else task
     assert [outcome.error for outcome in task()] == ['', '']
     assert [doc.n for doc in out.buffer()] == [2]
