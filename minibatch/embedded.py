@@ -42,10 +42,17 @@ import psutil
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
-from minibatch.errors import DataFolderInUseError, EmbeddedServerError, NoMongodError, ReentranceError
+from minibatch.errors import (
+    DataFolderInUseError,
+    EmbeddedServerError,
+    MinibatchError,
+    NoMongodError,
+    ReentranceError,
+)
 
 if sys.platform != 'win32':
     import fcntl
+    import resource
 
 log = logging.getLogger('minibatch.embedded')
 
@@ -68,6 +75,17 @@ THREE_WAYS = (
     'the PATH, or set MINIBATCH_MONGOD to its path; or give the URL of a MongoDB (MINIBATCH_MONGO_URL).'
 )
 OTHER_HOME = 'Set MINIBATCH_HOME to a folder of your own, on a local disk, that you can write to.'
+ADVICE = {  # what stands in an error of the system or in the log of mongod: what to do about it
+    r'Too many open files|errno: 24\b': 'Too few files may be open at a time: raise the limit, as by `ulimit -n 4096`.',
+    r'No space left|errno: 28\b|Disk quota': 'The disk of {home} is full: free some space, or set MINIBATCH_HOME to a '
+    'folder on another disk.',
+    r'File too large|File size limit|errno: 27\b': 'Files may not grow as they must: raise the limit, as by `ulimit -f '
+    'unlimited`.',
+    r'Cannot allocate memory|errno: 12\b|bad_alloc': 'There is too little memory, or a limit of it: mongod needs 1 GB.',
+}
+MOST_SAID = 300  # characters
+LEAST_FREE = 1_000_000  # bytes
+NO_REASON = re.compile(r'about to fork|forked process|ERROR: child process failed|To see additional|.*"s":"I"|\s*$')
 
 
 @dataclass(frozen=True)
@@ -120,18 +138,29 @@ def start() -> Status:
                                   'Give the URL of a running MongoDB (MINIBATCH_MONGO_URL).')
     home = _home()
     _make_private(home)
-    with _locked(home):
-        _check_host(home)
+    try:
+        with _locked(home):
+            return _started(home)
+    except MinibatchError:
+        raise
+    except OSError as error:
+        raise EmbeddedServerError(f'The embedded MongoDB cannot be started in {home}: {error}. '
+                                  f'{_advice(home, str(error)) or OTHER_HOME}') from error
+
+
+def _started(home: Path) -> Status:
+    _check_host(home)
+    servers, seen = _find(home), _size(_log_of(home))
+    if not any(_listens(server.path) for server in servers):
+        for server in servers:  # left over, its socket removed or its start cut short
+            _end(server, START_TIMEOUT)
+        seen = _launch(home)
         servers = _find(home)
-        if not any(_listens(server.path) for server in servers):
-            for server in servers:  # left over, its socket removed or its start cut short
-                _end(server, START_TIMEOUT)
-            _launch(home)
-            servers = _find(home)
-        if not servers:
-            raise EmbeddedServerError(f'mongod ended right after its start. {home}/mongod.log says why.')
-        _write_state(home, servers[0].path, _lead(servers[0].path))
-        return _status(home, servers[0])
+    version = _lead(servers[0]) if servers else ''
+    if not version:
+        raise _failure(home, 'mongod ended right after its start', '', seen)
+    _write_state(home, servers[0].path, version)
+    return _status(home, servers[0])
 
 
 def stop(timeout: float = 30.0) -> bool:
@@ -223,8 +252,14 @@ def _home() -> Path:
     named = os.environ.get('MINIBATCH_HOME')
     if not (named or os.environ.get('XDG_DATA_HOME') or os.environ.get('HOME', '~')):
         raise EmbeddedServerError(f'The embedded MongoDB has no home folder: HOME is empty. {OTHER_HOME}')
-    home = named or platformdirs.user_data_dir('minibatch', appauthor=False)
-    return Path(os.path.realpath(os.path.expanduser(home)))
+    try:
+        home = os.path.expanduser(named or platformdirs.user_data_dir('minibatch', appauthor=False))
+    except RuntimeError:
+        home = '~'
+    if home.startswith('~'):  # as it was: nobody knows whose home that is
+        raise EmbeddedServerError(f'The embedded MongoDB has no home folder: HOME is not set, and the system knows no '
+                                  f'home of user {os.getuid()}. {OTHER_HOME}')
+    return Path(os.path.realpath(home))
 
 
 def _owned(folder: Path) -> bool:
@@ -243,8 +278,8 @@ def _make_private(folder: Path) -> None:
             folder.chmod(0o700)
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise EmbeddedServerError(f'The embedded MongoDB cannot write to {folder}: {error}. {OTHER_HOME}'
-                                  ) from error
+        raise EmbeddedServerError(f'The embedded MongoDB cannot write to {folder}: {error}. '
+                                  f'{_advice(folder, str(error)) or OTHER_HOME}') from error
     if not owned:
         raise EmbeddedServerError(f'The folder {folder} of the embedded MongoDB is not yours. {OTHER_HOME}')
     if shared:
@@ -417,14 +452,14 @@ def _runs(process: psutil.Process) -> bool:
     return False
 
 
-def _launch(home: Path) -> None:
-    """Start mongod, in a session of its own, and wait until it listens."""
-    program, path, messages = find_mongod(), _socket_path(home), home / 'mongod.log'
+def _launch(home: Path) -> int:
+    """Start mongod, in a session of its own, and wait until it listens; returns where its log begins."""
+    program, path, messages = find_mongod(), _socket_path(home), _log_of(home)
     data = home / 'data'
     data.mkdir(mode=0o700, exist_ok=True)
-    if messages.exists() and messages.stat().st_size > LOG_SIZE:
+    if _size(messages) > LOG_SIZE:
         messages.replace(home / 'mongod.log.1')
-    seen = messages.stat().st_size if messages.exists() else 0
+    seen = _size(messages)
     _write_state(home, '', '')
     # --fork, so that no process of a user of this server is its parent, with a zombie left to reap
     command = [str(program), '--fork', '--logpath', str(messages), '--logappend', '--dbpath', str(data),
@@ -438,40 +473,81 @@ def _launch(home: Path) -> None:
         raise EmbeddedServerError(f'{program} cannot be run: {error}. {THREE_WAYS}') from error
     if done.returncode:
         (home / 'state.json').unlink()
-        raise _failure(home, done, seen)
+        raise _failure(home, f'{program} does not start (code {done.returncode})', done.stdout, seen)
     log.info('embedded MongoDB started in %.2f s, data in %s', time.monotonic() - began, data)
+    return seen
 
 
-def _failure(home: Path, done: subprocess.CompletedProcess[str], seen: int) -> EmbeddedServerError:
-    """What mongod said before it gave up, in its log, else on its output."""
-    messages = home / 'mongod.log'
-    lines = messages.read_bytes()[seen:].decode(errors='replace').splitlines() if messages.exists() else []
-    said = [line[:500] for line in lines if '"s":"I"' not in line][-5:] or done.stdout.splitlines()[-5:]
-    text = '\n'.join(said)
-    if 'DBPathInUse' in text:
+def _log_of(home: Path) -> Path:
+    return home / 'mongod.log'
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _failure(home: Path, what: str, output: str, seen: int) -> EmbeddedServerError:
+    """What happened, what to do, and what mongod said, in its log from `seen` on or else on its output: one line."""
+    messages = _log_of(home)
+    logged = messages.read_bytes()[seen:].decode(errors='replace') if messages.exists() else ''
+    if 'DBPathInUse' in logged:
         return DataFolderInUseError(
             f'The data in {home} is in use by a mongod which cannot be seen from here: in another container, '
-            'or started before the folder was renamed. Stop it, or set MINIBATCH_HOME to another folder.\n'
-            + text)
-    return EmbeddedServerError(
-        f'{done.args[0]} does not start (code {done.returncode}). Its last words are below, more may be in '
-        f'{messages}. Mend that, or take another MongoDB. {THREE_WAYS}\n{text}')
+            'or started before the folder was renamed. Stop it, or set MINIBATCH_HOME to another folder.')
+    said = _first_error(logged) or '; '.join(line for line in output.splitlines() if not NO_REASON.match(line))
+    advice = _advice(home, said + logged) or _advice(home, _what_is_full(home)) or (
+        f'Mend that, or take another MongoDB. {THREE_WAYS}')
+    heard = f' It said: {said[:MOST_SAID]}.' if said else ''
+    return EmbeddedServerError(f'{what}. {advice}{heard} Its log is {messages}')
 
 
-def _lead(path: str) -> str:
-    """Make the server a replica set of one which takes writes; returns its version."""
+def _first_error(logged: str) -> str:
+    """The first error in a log of mongod, as text: those that follow come of it."""
+    for line in logged.splitlines():
+        with suppress(ValueError, AttributeError):
+            entry = json.loads(line)
+            if entry['s'] in 'EF' and (words := _words(entry.get('attr', {}))):
+                return f'{entry["msg"].strip()}: {words}'
+    return ''
+
+
+def _words(attr: dict[str, Any]) -> str:
+    """What the attributes of an entry in a log of mongod say."""
+    inner = {key: value for value in attr.values() if isinstance(value, dict) for key, value in value.items()}
+    said = [{**inner, **attr}.get(name) for name in ('error', 'message', 'msg', 'error_str', 'errmsg', 'reason')]
+    return ', '.join(dict.fromkeys(text.strip() for text in said if isinstance(text, str)))
+
+
+def _what_is_full(home: Path) -> str:
+    """What a mongod that could not even write its log would have said."""
+    with suppress(OSError):
+        if shutil.disk_usage(home).free < LEAST_FREE:
+            return 'No space left'
+    return 'File too large' if resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY else ''
+
+
+def _advice(home: Path, text: str) -> str:
+    """What to do about an error, if that is known."""
+    return next((advice.format(home=home) for found, advice in ADVICE.items() if re.search(found, text)), '')
+
+
+def _lead(server: _Server) -> str:
+    """Make the server a replica set of one which takes writes; returns its version, '' if it has ended."""
     deadline = time.monotonic() + START_TIMEOUT
     problem: PyMongoError | None = None
-    with MongoClient[dict[str, Any]](_url(path), serverSelectionTimeoutMS=1000,
+    with MongoClient[dict[str, Any]](_url(server.path), serverSelectionTimeoutMS=1000,
                                      socketTimeoutMS=10000) as client:
         while time.monotonic() < deadline:
             try:
-                if _leads(client, path):
+                if _leads(client, server.path):
                     return str(client.server_info()['version'])
             except PyMongoError as error:
                 problem = error
+            if not _runs(server.process):
+                return ''
             time.sleep(POLL)
-    raise EmbeddedServerError(f'The embedded MongoDB takes no writes after {START_TIMEOUT:.0f} s: {problem}. '
+    reason = re.split(r' \(configured|, Timeout:', str(problem))[0]
+    raise EmbeddedServerError(f'The embedded MongoDB takes no writes after {START_TIMEOUT:.0f} s: {reason}. '
                               'Stop it and try again; mongod.log in its home folder says more.')
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -333,6 +334,49 @@ def test_an_empty_HOME_is_an_error_that_names_the_variable(monkeypatch):
     monkeypatch.setenv('HOME', '')
     with pytest.raises(EmbeddedServerError, match='MINIBATCH_HOME'):
         embedded.url()
+
+
+@pytest.mark.parametrize('named', [None, '~/minibatch'])
+def test_a_user_without_a_home_is_told_the_variable(monkeypatch, named):
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ('MINIBATCH_HOME', 'XDG_DATA_HOME', 'HOME'):
+        monkeypatch.delenv(name, raising=False)
+    if named:
+        monkeypatch.setenv('MINIBATCH_HOME', named)
+    monkeypatch.setattr(pwd, 'getpwuid', unknown)
+    for ask in (embedded.url, embedded.status, embedded.stop):
+        with pytest.raises(EmbeddedServerError, match=r'no home of user \d+\. Set MINIBATCH_HOME'):
+            ask()
+
+
+@pytest.mark.parametrize(('limit', 'value', 'advice'), [
+    ('RLIMIT_NOFILE', 64, 'Too few files may be open'),  # it starts, and dies when it has opened more
+    ('RLIMIT_FSIZE', 100_000, 'Files may not grow'),  # its log, too
+    ('RLIMIT_FSIZE', 0, 'Files may not grow'),
+])  # fmt: skip
+def test_a_server_that_a_limit_of_the_system_ends_is_an_error_that_names_the_limit(home, limit, value, advice):
+    code = f'import resource; resource.setrlimit(resource.{limit}, ({value}, {value})); {PRINT_URL}'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=100,
+                          check=False)
+    assert 'EmbeddedServerError: ' in (last := done.stderr.splitlines()[-1])
+    assert advice in last
+
+
+def test_a_full_disk_is_an_error_that_says_so(wheel, short, monkeypatch):
+    entry = {'s': 'E', 'msg': 'WiredTiger error message', 'attr': {'error': 28, 'message': {
+        'msg': 'journal: failed to write', 'error_str': 'No space left on device'}}}
+    last = {'s': 'F', 'msg': 'Fatal assertion', 'attr': {'msgid': 28520}}
+    said = '\n'.join(map(json.dumps, [entry, last]))
+    wheel.write_text(f"#!/bin/sh\necho '{said}' > $3\nexit 14\n")
+    wheel.chmod(0o755)
+    monkeypatch.setenv('MINIBATCH_MONGOD', str(wheel))
+    monkeypatch.setenv('MINIBATCH_HOME', str(short / 'home'))
+    with pytest.raises(EmbeddedServerError) as error:
+        embedded.url()
+    assert f'The disk of {short / "home"} is full' in str(error.value)
+    assert 'journal: failed to write, No space left on device. Its log is' in str(error.value)
 
 
 def test_a_file_system_without_locks_is_an_error_that_says_so(short, monkeypatch):
