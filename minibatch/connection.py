@@ -257,7 +257,7 @@ def choose(default: Target | None, first: Target | None = None) -> None:
 
 
 def leave_quickly() -> None:
-    """Let this process, a worker, not wait at its end for the threads of pymongo that watch the servers.
+    """Let this process, a worker or a command, not wait at its end for the threads of pymongo that watch the servers.
 
     They are daemons, and look up every half second. The name of what waits for them is not public, so if there is
     none, the end just takes longer.

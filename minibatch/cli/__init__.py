@@ -12,6 +12,7 @@ import click
 from ..errors import MinibatchError
 from ..text import plain
 from . import completion, dead, groups, messages, run, server, streams
+from .output import prepare_streams
 
 INTERRUPTED = 130
 
@@ -19,11 +20,20 @@ INTERRUPTED = 130
 class _Main(click.Group):
     """A group whose commands end with one line for an error, instead of a traceback."""
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        prepare_streams()
+        try:
+            return super().main(*args, **extra)
+        except OSError as exc:  # of what is printed before a command runs
+            click.echo(f'error: what is printed cannot be written: {exc}', err=True)
+            sys.exit(1)
+
     def invoke(self, ctx: click.Context) -> Any:
         from pymongo.errors import PyMongoError
 
-        from ..connection import masked_text, reason_of
+        from ..connection import leave_quickly, masked_text, reason_of
 
+        leave_quickly()  # a second Ctrl-C would meet it waiting
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):

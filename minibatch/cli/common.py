@@ -52,11 +52,20 @@ def fields_of(item: Group | DeadLetter) -> dict[str, Any]:
     return {key: value.isoformat() if isinstance(value, datetime) else value for key, value in values.items()}
 
 
+class InputFile(click.File):
+    """A file to read, or standard input, as `-`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == '-' and sys.stdin is None:
+            self.fail('standard input is closed; name a file, or pipe into it', param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def ask(question: str, yes: bool) -> None:
     """Return if the user wants it."""
     if yes:
         return
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise click.UsageError('nobody can be asked here; say --yes to do it')
     if not click.confirm(plain(question), err=True):
         click.echo('nothing was changed', err=True)

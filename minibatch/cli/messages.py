@@ -15,7 +15,7 @@ import click
 from .. import signals
 from ..errors import DataError, MinibatchError, ServerError
 from ..text import plain
-from .common import as_json, find_stream, find_target, stream_names, url_option
+from .common import InputFile, as_json, find_stream, find_target, stream_names, url_option
 from .output import count_text, print_json
 from .reading import BadInput, Input
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument('name', shell_complete=stream_names)
-@click.argument('file', type=click.File('rb'), default='-')
+@click.argument('file', type=InputFile('rb'), default='-')
 @click.option('--batch', type=click.IntRange(1, 100_000), default=10_000, show_default=True,
               help='Messages per append, at most. What has arrived is not held back to fill one.')  # fmt: skip
 @click.option('--from', 'start', type=click.IntRange(1), default=1, metavar='N',

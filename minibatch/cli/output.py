@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -18,6 +19,24 @@ LEAST_CUT = 20
 UNLIMITED = 10_000
 
 
+def prepare_streams() -> None:
+    """Let what is printed lead nowhere if it was closed (`>&-`), and escape what its encoding does not have.
+
+    The number of a closed one is taken, too: else a connection to MongoDB gets it, and what somebody prints.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115 # as long as the process
+        elif hasattr(stream, 'reconfigure') and stream.errors in ('strict', 'surrogateescape'):
+            stream.reconfigure(errors='backslashreplace')
+
+
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object, in one line, all that is not printable escaped."""
     from bson import json_util
@@ -25,6 +44,10 @@ def print_json(value: dict[str, Any]) -> None:
 
     options = json_util.RELAXED_JSON_OPTIONS.with_options(uuid_representation=UuidRepresentation.STANDARD)
     text = json_util.dumps(value, json_options=options, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or 'utf-8')
+    except UnicodeEncodeError:
+        text = json_util.dumps(value, json_options=options)
     click.echo(text if text.isprintable() else ''.join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
 
 
