@@ -78,8 +78,8 @@ class Consumer:
         if self._fn is not None:
             self._fn.check()
 
-    def run(self) -> None:
-        """Process windows until told to stop."""
+    def run(self, until_done: bool = False) -> None:
+        """Process windows until told to stop, or until all is done."""
         handled = signals.handled(self._stop_soon, signals.end_at_once, within=END_TIMEOUT)
         with handled, self._things(), self._patience() as where:
             while not self.should_stop():
@@ -92,8 +92,11 @@ class Consumer:
                         self.wait(STAND_BY_PAUSE)
                     else:
                         with planner:
-                            planner.run()
+                            planner.run(until_done)
                         self.finished_tasks()
+                        if planner.done:
+                            logger.info('%s: all is processed', self)
+                            return
                 except LeaseLostError as exc:
                     logger.warning('%s: %s', self, exc)
                 except PyMongoError as exc:

@@ -159,6 +159,7 @@ class WindowEmitter:
         self.error: Exception | None = None
         self._thread: threading.Thread | None = None
         self._consumer = Consumer(self)
+        self.fed_by: Sequence[threading.Event] = ()  # set when those who append to the stream have come to their end
 
     def refuse_circle(self, name: str, to: Stream | None) -> None:
         """Raise `ArgumentError` if the option `name` appends `to` the stream that is read, which would never end."""
@@ -206,17 +207,25 @@ class WindowEmitter:
             )
         return self._stream
 
-    def run(self, blocking: bool = True) -> None:
+    def run(self, blocking: bool = True, until_done: bool = False) -> None:
         """Process windows until stopped by `stop`, by the queue, or, on the main thread, by SIGTERM or Ctrl-C.
 
         What is in flight is finished first. With ``blocking=False`` do one round, as `_run_once` does. In a worker
         that imports a module, to find a function there, this does nothing, and neither does `start`.
+
+        Args:
+            blocking: False to do one round only.
+            until_done: return when all is processed that was there when this began, or, if there is a source, when
+                that came to its end. Windows that are still open then are emitted as they are: what is appended for
+                them later is in further windows with the same key, start and end, and not late by that.
         """
+        if until_done and not blocking:
+            raise ArgumentError('until_done=True goes on until all is done, and blocking=False does one round')
         if marshaller.is_loading():
             return
         with self._telling_why():
             if blocking:
-                self._consumer.run()
+                self._consumer.run(until_done)
             else:
                 self._run_once()
 

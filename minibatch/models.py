@@ -512,6 +512,11 @@ class Stream(_Model):
         attached = self._attached
         return attached is None or not (attached.running or (attached.source is source and attached.ended))
 
+    def has_ended(self, source: Source) -> bool:
+        """Whether `source` was attached here and has come to its end by itself."""
+        attached = self._attached
+        return attached is not None and attached.source is source and attached.ended and not attached.running
+
     @property
     def source_failure(self) -> str:
         """What the source that is attached here failed with, while it has not run well for a minute since; else ''."""

@@ -82,6 +82,8 @@ class Planner:
         self._look_pause = LOOK_PAUSES[0]
         self._listening = False
         self._has_room = True  # for more claims
+        self._at_end = self._finishing = False  # of an input that ends
+        self.done = False
         self._heard, self._heard_since = 0, 0.0
         self._unbatched: dict[str, int] = {}
         self._ended_well = self._drains = False
@@ -139,14 +141,17 @@ class Planner:
 
     # --- the loop
 
-    def run(self) -> None:
-        """Process windows until told to stop, then finish what is in flight."""
+    def run(self, until_done: bool = False) -> None:
+        """Process windows until told to stop, then finish what is in flight; or until all is `done`."""
         self._may_stop = True
         with suppress(_Stopped):
-            while not self.consumer.should_stop():
+            while not (self.done or self.consumer.should_stop()):
                 if self.target.is_away:
                     self.consumer.wait(TICK)
-                elif not self._turn():
+                    continue
+                if until_done and not self._at_end:
+                    self._see_the_end()
+                if not self._turn() and not self._finish():
                     self._rest()
         deadline = time.monotonic() + STOP_TIMEOUT
         while (self._in_flight or self.delivery.under_way) and time.monotonic() < deadline and not self.target.is_away:
@@ -163,6 +168,20 @@ class Planner:
         """Called in whatever takes long between two turns of the loop: raises if it is told to stop."""
         if self._may_stop and self.consumer.should_stop():
             raise _Stopped
+
+    def _see_the_end(self) -> None:
+        """Look for the last time, if nobody is known who will still append."""
+        source, feeders = self.emitter.source, self.emitter.fed_by
+        if all(feeder.is_set() for feeder in feeders) and (source is None or self.stream.has_ended(source)):
+            self._look(self.lease.now())
+            self._at_end = True
+
+    def _finish(self) -> bool:
+        """When all is done up to the end, emit what is open, and when that is done, too, be done."""
+        if not self._at_end or self.progress.open or self._in_flight or self.delivery.under_way:
+            return False
+        self.done, self._finishing = self._finishing, True
+        return True
 
     def run_once(self) -> int:
         """Process what is due now, each window once; returns how many were committed."""
@@ -211,9 +230,9 @@ class Planner:
         self._miss_workers()
         self._tend_source()
         self._hear()
-        now = self.lease.now()
+        now = self.log.looked if self._at_end else self.lease.now()
         due = self._next_due()
-        if time.monotonic() >= self._look_at or (due is not None and now >= due):
+        if not self._at_end and (time.monotonic() >= self._look_at or (due is not None and now >= due)):
             self._look(now)  # after `now`: what was stored before a window closes must be seen
         self._take_replays()
         planned = self._plan(now)
@@ -241,7 +260,7 @@ class Planner:
         self.consumer.wait(max(min(until), 0.001))
 
     def _next_due(self) -> datetime | None:
-        return self.emitter.next_due() if self._has_room else None
+        return self.emitter.next_due() if self._has_room and not self._at_end else None
 
     def _tend_source(self) -> None:
         """Start the source, and note how it is; one that was told to end may still run, so this is asked again."""
@@ -267,7 +286,7 @@ class Planner:
                 self._listening = False
                 self._look_at = 0.0
             self._heard, self._heard_since = 0, time.monotonic()
-        while self._news:
+        while self._news and not self._at_end:
             record = self._news.popleft()
             self._heard += 1
             producer, offset = record.get('producer', ''), record.get('offset')
@@ -421,9 +440,10 @@ class Planner:
         limit = min(wanted - waiting, MAX_OPEN - len(new))
         self._has_room = limit > wanted // 2
         if self.emitter.picks:
-            plans = self._picked() if not new else []
+            plans = self._picked() if not (new or self._finishing) else []
         elif self._has_room:
-            plans = self.emitter.plan(self.log, now, limit)
+            plan = self.emitter.finish if self._finishing else self.emitter.plan
+            plans = plan(self.log, now, limit)
         else:
             return False
         self._claim(plans, now)

@@ -11,6 +11,7 @@ A subclass of `WindowEmitter` of your own picks the messages itself, see there.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -133,7 +134,9 @@ class PlannedWindow(WindowEmitter):
             return self.rest(log, clock.from_ms(clock.to_ms(now)))
         to = self._assigner(log)
         to.end()
-        return self._take(to, log, limit)
+        plans = self._take(to, log, limit)
+        log.more = to.due > 0
+        return plans
 
     def _assign(self, log: Log, limit: int) -> list[WindowPlan]:
         """Read on, and plan the windows that are due by what was read and by when the log was looked at."""
@@ -162,13 +165,17 @@ class PlannedWindow(WindowEmitter):
             logger.warning('%s: %d windows were emitted before their end: more are open than max_open_windows, or one '
                            'is open for so long that too much was read behind it', self.name, to.parts)  # fmt: skip
         if to.came_late:
-            what = f'go to stream {self.late.name!r}' if self.late is not None else 'are dropped'
-            logger.warning('%s: %d messages came later than lateness=%g allows, and %s; the watermark is %s', self.name,
-                           to.came_late, self._lateness, what, _time(to.watermark))  # fmt: skip
+            dropped = 'are dropped; late=, a stream, is where they can go'
+            what = dropped if self.late is None else f'go to stream {self.late.name!r}'
+            seconds = to.behind / 1000
+            enough = self._lateness + (math.ceil(seconds) if seconds > 1 else seconds)
+            logger.warning('%s: %d messages came when all their windows were closed, and %s. lateness=%.10g would have '
+                           'waited for them, it is %.10g; the watermark is %s', self.name, to.came_late, what, enough,
+                           self._lateness, _time(to.watermark))  # fmt: skip
         if to.ahead:
-            logger.warning('%s: times of messages are up to %s in the future, where they wait for the clock. Is it '
+            logger.warning('%s: times of messages are up to %s after they were appended, and move no event time. Is it '
                            'local time? Naive datetimes are UTC', self.name, to.ahead * clock.MILLISECOND)  # fmt: skip
-        to.parts = to.came_late = to.ahead = 0
+        to.parts = to.came_late = to.behind = to.ahead = 0
 
     def _assigner(self, log: Log) -> Assigner:
         if 'assigner' not in log.memory:

@@ -299,6 +299,59 @@ def test_a_keyed_relaxed_window_is_due_its_interval_after_its_first_message():
     assert [(key, times) for _, _, key, times in seen(group)] == [('x', [1, 9])]
 
 
+# --- the end of the input
+
+
+@pytest.mark.parametrize(('cls', 'options', 'first', 'then'), [
+    (FixedTimeWindow, {'interval': 10}, [(10, 20, 'x', [10])], [(10, 20, 'x', [12])]),
+    (SessionWindow, {'gap': 3}, [(10, 13, 'x', [10])], [(12, 15, 'x', [12])]),
+    (SlidingTimeWindow, {'interval': 10, 'slide': 5}, [(5, 15, 'x', [10]), (10, 20, 'x', [10])],
+     [(5, 15, 'x', [12]), (10, 20, 'x', [12])]),
+])  # fmt: skip
+@pytest.mark.parametrize('restarts', [True, False])
+def test_at_the_end_of_the_input_what_is_open_is_emitted_and_makes_nothing_late_that_comes_tomorrow(
+    cls, options, first, then, restarts
+):
+    group = group_of(event(cls, **options), a=[(0, 'y'), (10, 'x')])
+    group.run(NOW)
+    before = len(group.seen)
+    group.end(NOW)
+    group.follow()
+    assert seen(group)[before:] == first
+    assert group.positions == {'a': 2}
+    assert group.group['number'] == len(group.seen)
+    if restarts:
+        group.restart()
+    after = len(group.seen)
+    group.messages['a'] += [(NOW, {'t': 12, 'k': 'x'}), (NOW, {'t': 100, 'k': 'x'})]
+    group.run(NOW)
+    assert seen(group)[after:] == then
+    assert seen(group, late=True) == []
+
+
+@pytest.mark.parametrize(('emitter', 'expected'), [
+    (CountWindow('s', size=2), [[0, 1], [2]]),
+    (CountWindow('s', size=2, max_wait=60), [[0, 1], [2]]),
+    (CountWindow('s', size=2, max_wait=60, key='k'), [[0, 1], [2]]),
+    (RelaxedTimeWindow('s', interval=60), [[0, 1, 2]]),
+    (FixedTimeWindow('s', interval=60), [[0, 1, 2]]),
+    (FixedTimeWindow('s', interval=60, key='k'), [[0, 1, 2]]),
+    (SessionWindow('s', gap=60), [[0, 1, 2]]),
+])  # fmt: skip
+def test_at_the_end_of_the_input_every_kind_of_window_holds_what_there_is_and_goes_on_with_what_comes_then(
+    emitter, expected
+):
+    group = created(emitter, *((at, 'x') for at in range(3)))
+    for turn in range(1, 3):
+        group.end(NOW + 5000 * turn)
+        group.end(NOW + 5000 * turn)
+        assert [times for *_, times in seen(group)] == expected
+        group.messages['a'].append((NOW + 9000, {'t': 9, 'k': 'x'}))
+        expected = [*expected, [9]]
+    group.follow()
+    assert group.positions == {'a': 4}
+
+
 # --- bounds
 
 

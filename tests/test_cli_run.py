@@ -69,6 +69,29 @@ def service(tmp_path, url):
         gone(children)
 
 
+CHAIN = """
+import minibatch as mb
+
+@mb.streaming('seconds', timestamp='at', interval=60, key='of', sink=mb.stream('minutes'))
+def minute(window):
+    return {'at': window.start, 'of': window.key, 'n': len(window)}
+
+@mb.streaming('minutes', timestamp='at', interval=3600, key='of', sink=mb.stream('hours'))
+def hour(window):
+    return {'of': window.key, 'n': sum(data['n'] for data in window.data)}
+"""
+
+
+def test_until_done_ends_when_all_went_through_all_consumers(service, tmp_path, url):
+    (tmp_path / 'chain.py').write_text(CHAIN)
+    mb.stream('seconds', url=url).append_many([{'at': at, 'of': 'ab'[at % 2]} for at in range(200)])
+    process = service('chain', '--until-done', '--workers', '1')
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert sorted(found(url, 'hours'), key=lambda data: data['of']) == [{'of': 'a', 'n': 100}, {'of': 'b', 'n': 100}]
+    assert said.count('all is processed') == 2
+
+
 def found(url, name):
     return [message.data for message in mb.stream(name, url=url).tail(last=1000, follow=False)]
 

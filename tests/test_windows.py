@@ -12,7 +12,7 @@ from servers import Mongod, eventually
 import minibatch as mb
 from minibatch import assign, ledger, store
 from minibatch.errors import ArgumentError, TooManyWindowsError
-from minibatch.testing import InlineExecutor
+from minibatch.testing import InlineExecutor, ListSource
 from minibatch.window import WindowEmitter
 
 START = datetime(2026, 1, 31, 12, tzinfo=timezone.utc)
@@ -166,6 +166,65 @@ def test_late_and_bad_messages_are_in_nobodys_way(stream, options):
     assert in_time == [at / 2 for at in range(38)]
 
 
+# --- the end of the input
+
+
+@pytest.mark.parametrize(('options', 'first', 'then'), [
+    ({'interval': 10, **EVENT}, [[1], [2], [25]], [[28], [33]]),
+    ({'gap': 5, **EVENT}, [[1], [2], [25]], [[28], [33]]),
+    ({'size': 2}, [[1, 2], [25]], [[28, 33]]),
+    ({'interval': 3600}, [[1, 2, 25]], [[28, 33]]),
+])  # fmt: skip
+def test_until_done_processes_all_that_is_there_and_what_comes_tomorrow_is_not_late(stream, db, options, first, then):
+    for messages, expected in (((1, 'x'), (2, 'y'), (25, 'x')), first), (((28, 'x'), (33, 'x')), then):
+        stream.append_many(events(*messages))
+        seen = Seen()
+        emitter_of(stream, sink=seen, **options).run(until_done=True)
+        assert [each['seen'] for each in seen] == expected
+        assert (stream.group().lag().messages, stream.group().late) == (0, 0)
+    assert db.buffer.count_documents({}) == 0
+
+
+def test_until_done_waits_for_the_end_of_its_source_and_for_windows_that_fail(stream):
+    attempts = []
+
+    def fails_once(window):
+        attempts.append(window.number)
+        if len(attempts) == 1:
+            raise ValueError
+        return place(window)
+
+    class SlowSource(ListSource):
+        def stream(self, to):
+            eventually(lambda: stream.groups() and stream.group().owner)
+            super().stream(to)
+
+    seen, source = Seen(), SlowSource(events((1, 'x'), (2, 'y')))
+    emitter_of(stream, fails_once, sink=seen, source=source, interval=10, **EVENT).run(until_done=True)
+    assert sorted(each['seen'] for each in seen) == [[1], [2]]
+    assert len(attempts) == 3
+
+
+@pytest.mark.parametrize('options', [{'size': 1}, {'interval': 10, **EVENT}])
+def test_until_done_ends_although_somebody_goes_on_appending(stream, options):
+    stream.append_many(events((1, 'x'), (20, 'x')))
+    seen = Seen()
+
+    def append_another(window):
+        if len(seen) < 100:
+            stream.append_many(events((30, 'x')))
+        return place(window)
+
+    emitter_of(stream, append_another, sink=seen, **options).run(until_done=True)
+    assert [each['seen'] for each in seen] == [[1], [20]]
+    assert stream.group().lag().messages == 2
+
+
+def test_until_done_is_refused_with_one_round(stream):
+    with pytest.raises(ArgumentError, match='until_done=True goes on'):
+        emitter_of(stream, size=1).run(blocking=False, until_done=True)
+
+
 # --- what is late, and what is bad
 
 
@@ -183,6 +242,17 @@ def test_late_messages_are_dropped_and_counted(stream, db):
     assert (group.late, group.windows, group.messages) == (2, 1, 1)
     assert group.lag().messages == 2
     assert stream.dead_letters() == []
+
+
+def test_the_first_warning_of_late_messages_says_which_lateness_would_have_been_enough(stream, caplog):
+    stream.append_many(events((1, 'x'), (300, 'x'), (2, 'x'), (3, 'x')))
+    emitter_of(stream, interval=10, lateness=5, **EVENT)._run_once()
+    (said,) = [record.message for record in caplog.records if 'closed' in record.message]
+    assert '2 messages came when all their windows were closed, and are dropped; late=' in said
+    assert 'lateness=291 would have waited for them, it is 5' in said
+    stream.append_many(events((4, 'x')))
+    emitter_of(stream, interval=10, lateness=291, group='patient', **EVENT)._run_once()
+    assert (stream.group().late, stream.group('patient').late) == (2, 0)
 
 
 def test_late_messages_go_to_the_stream_for_them_with_their_place_and_time(stream, url):

@@ -49,9 +49,11 @@ def demo(url: str | None, seconds: float, rate: float, window: float, workers: i
 @click.argument('module')
 @click.option('--workers', type=click.IntRange(1, 1024),
               help='Worker processes of each consumer, instead of what the module says.')  # fmt: skip
+@click.option('--until-done', is_flag=True, help='End when all is processed that is there, and sources are at their '
+              'end. Windows that are still open are emitted as they are.')  # fmt: skip
 @click.option('--log-level', type=click.Choice(['debug', 'info', 'warning', 'error']), default='info',
               show_default=True, help='What goes to stderr, unless the module sets up logging itself.')  # fmt: skip
-def run(module: str, workers: int | None, log_level: str) -> None:
+def run(module: str, workers: int | None, until_done: bool, log_level: str) -> None:
     """Run the consumers of MODULE, a module name or FILE.py, as a service: all in this process.
 
     The module is imported. What @streaming decorates at its top level (or streaming(name, fn) names) does not run
@@ -61,12 +63,16 @@ def run(module: str, workers: int | None, log_level: str) -> None:
     SIGTERM and Ctrl-C let the windows in flight finish; a second one does not. A consumer that fails stops the
     others, and is named. To scale out, start the same again, here or elsewhere: the others stand by.
 
-    Exit code: 0 when stopped, 1 if a consumer has failed, 130 or 143 after a second Ctrl-C or SIGTERM.
+    With --until-done it ends by itself, for an input that ends: what was appended, and what sources bring until their
+    end, goes through all consumers of the module, also from one to the next. What comes later is not late by that.
+
+    Exit code: 0 when stopped or done, 1 if a consumer has failed, 130 or 143 after a second Ctrl-C or SIGTERM.
 
     \b
     Examples:
       minibatch run pipeline.py
       minibatch run mypackage.pipeline --workers 2
+      minibatch append readings readings.ndjson && minibatch run pipeline.py --until-done
     """
     from .service import Service, consumers_of, describe
 
@@ -78,7 +84,7 @@ def run(module: str, workers: int | None, log_level: str) -> None:
         logging.getLogger('minibatch.run').info('%s: %s', describe(emitter), emitter.describe())
     failed = True
     try:
-        Service(emitters).run()
+        Service(emitters, until_done).run()
         failed = False
     finally:
         end_by(int(failed), END_TIMEOUT)

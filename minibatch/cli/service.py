@@ -20,6 +20,7 @@ from .. import signals
 from ..api import collecting
 from ..errors import ArgumentError, MinibatchError
 from ..marshaller import name_of
+from ..models import Stream
 from ..window import WindowEmitter
 
 logger = logging.getLogger('minibatch.run')
@@ -107,16 +108,25 @@ def _check_groups(emitters: Sequence[WindowEmitter]) -> None:
             )
 
 
+def _feeds(one: WindowEmitter, other: WindowEmitter) -> bool:
+    """Whether one consumer appends to the stream of another one."""
+    ours = (out for out in (one.sink, one.late) if isinstance(out, Stream))
+    return one is not other and any((out.target, out.name) == (other.stream.target, other.stream_name) for out in ours)
+
+
 class Service:
     """Consumers, each in a thread with worker processes of its own; `run` runs them on the main thread's behalf."""
 
-    def __init__(self, emitters: Sequence[WindowEmitter]) -> None:
-        self._emitters = emitters
+    def __init__(self, emitters: Sequence[WindowEmitter], until_done: bool = False) -> None:
+        self._emitters, self._until_done = emitters, until_done
+        self._ended = {emitter: threading.Event() for emitter in emitters}
+        for emitter in emitters:
+            emitter.fed_by = [self._ended[other] for other in emitters if _feeds(other, emitter)]
         self._errors: list[tuple[WindowEmitter, Exception]] = []
         self._ending = threading.Event()
 
     def run(self) -> None:
-        """Run until SIGTERM or Ctrl-C, which let the windows in flight finish; a second one does not.
+        """Run until SIGTERM or Ctrl-C, which let the windows in flight finish; a second one does not. Or until done.
 
         Raises:
             MinibatchError: if a consumer failed, naming it; the others were stopped.
@@ -141,12 +151,14 @@ class Service:
 
     def _consume(self, emitter: WindowEmitter) -> None:
         try:
-            emitter.run()
+            emitter.run(until_done=self._until_done)
         except Exception as exc:
             self._errors.append((emitter, exc))
             self._ending.set()
         else:
             logger.info('%s: stopped', describe(emitter))
+        finally:
+            self._ended[emitter].set()
 
     def _stop_soon(self) -> None:
         if not self._ending.is_set():

@@ -17,7 +17,7 @@ from .output import print_json, print_table
 if TYPE_CHECKING:
     from ..overview import GroupStatus, StreamStatus
 
-HEADS = ('stream', 'group', '>lag', '>seconds', '>in/s', '>out/s', '>windows', '>dead', 'led by')
+HEADS = ('stream', 'group', '>lag', '>seconds', '>in/s', '>out/s', '>windows', '>late', '>dead', 'led by')
 
 
 @click.command()
@@ -79,6 +79,7 @@ def lag(stream: str | None, watch: bool, every: float | None, url: str | None, a
     in/s      messages appended per second, with --watch
     out/s     messages processed per second, with --watch
     windows   in flight: claimed and not finished
+    late      messages that came when all their windows were closed
     dead      dead letters
     led by    host:pid of the consumer that leads now
 
@@ -137,7 +138,7 @@ class Look:
             speeds = ('-', '-') if rates is None else (f'{rates[0]:,.0f}', f'{rates[1]:,.0f}')
             yield (
                 stream.name, group.name, f'{group.lag.messages:,}', f'{group.lag.seconds:,.1f}', *speeds,
-                f'{group.in_flight:,}', f'{group.dead:,}', group.group.owner or '-',
+                f'{group.in_flight:,}', f'{group.group.late:,}', f'{group.dead:,}', group.group.owner or '-',
             )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
@@ -148,7 +149,7 @@ class Look:
         appended, processed = self.rates(stream.name, group.name) or (None, None)
         return {
             'stream': stream.name, 'group': group.name, 'lag': group.lag._asdict(), 'in_flight': group.in_flight,
-            'dead': group.dead, 'owner': group.group.owner, 'appended_per_second': appended,
+            'late': group.group.late, 'dead': group.dead, 'owner': group.group.owner, 'appended_per_second': appended,
             'processed_per_second': processed,
         }  # fmt: skip
 
@@ -186,10 +187,10 @@ def _watch(looks: Iterator[Look], as_json: bool) -> None:
 
 
 def _line(look: Look, row: Sequence[str]) -> str:
-    stream, group, messages, seconds, appended, processed, _, dead, _ = row
+    stream, group, messages, seconds, appended, processed, _, late, dead, _ = row
     return plain(
         f'{look.time:%Y-%m-%d %H:%M:%S}  {stream}/{group}  lag {messages}  seconds {seconds}  in/s {appended}  '
-        f'out/s {processed}  dead {dead}'
+        f'out/s {processed}  late {late}  dead {dead}'
     )
 
 

@@ -245,6 +245,14 @@ def test_the_header_leads_to_dead_letters(page, serve, letters):
     page.shows('all well').hides('dead letter')
 
 
+def test_the_header_counts_late_messages_and_leads_to_their_group(page, serve, url):
+    mb.stream('test', url=url).append_many({'t': second} for second in (1, 30, 2))
+    process(url, size=None, interval=10, timestamp='t')
+    page.open(serve()).shows('1 late message', 'Late', 'all well')
+    page.find('#late').click()
+    assert page.run("document.querySelector('.group').getBoundingClientRect().top") < 900
+
+
 def test_a_dead_letter_is_replayed_and_discarded_with_the_token(page, serve, letters):
     page.open(serve()).click('3 dead letters').click('Replay').shows('The token the app was started with')
     secret = page.find('#secret')
