@@ -114,9 +114,9 @@ class Room:
         most = limits.max_backlog
         if most is None:
             return wanted
-        if not self._lock.acquire(timeout=max(deadline - time.monotonic(), 0)):
-            raise UnreachableError('another append waits to know how many messages wait')
         try:
+            if not self._lock.acquire(timeout=max(deadline - time.monotonic(), 0)):
+                raise UnreachableError('another append waits to know how many messages wait')
             age = time.monotonic() - self._counted
             if age > MAX_AGE or (age > MIN_AGE and self._backlog + wanted > most):
                 self._recount(limits, deadline)
@@ -125,7 +125,8 @@ class Room:
             self._backlog += taken
             return taken
         finally:
-            self._lock.release()
+            if self.counting:  # not if it did not get it, nor if Ctrl-C came before that
+                self._lock.release()
 
     def describe(self, stream: str, limits: Limits, waited: bool) -> str:
         """Why there is no room, also after it was `waited` for, and what to do."""

@@ -80,6 +80,7 @@ PASSING_CODES = {
 
 _lock = threading.RLock()
 _clients: dict[tuple[Any, ...], MongoClient[dict[str, Any]]] = {}
+_databases: dict[tuple[Target, bool], Database[dict[str, Any]]] = {}  # of these clients
 _inherited: list[Any] = []
 _default: Target | None = None
 _first: Target | None = None
@@ -144,23 +145,29 @@ class Target:
     @property
     def db(self) -> Database[dict[str, Any]]:
         """For messages: the URL's write concern, reads at majority from the primary whatever the URL prefers."""
-        db = self.client[self.dbname]
-        if self.is_mock:
-            return db
-        write_concern = db.write_concern if 'w' in db.write_concern.document else MAJORITY
-        return self._with(write_concern)
+        return self._database(majority=False)
 
     @property
     def majority(self) -> Database[dict[str, Any]]:
         """For bookkeeping (groups, positions, windows): written and read at majority, whatever the URL says."""
-        return self.client[self.dbname] if self.is_mock else self._with(MAJORITY)
+        return self._database(majority=True)
 
-    def _with(self, write_concern: WriteConcern) -> Database[dict[str, Any]]:
-        return self.client.get_database(
-            self.dbname,
+    def _database(self, majority: bool) -> Database[dict[str, Any]]:
+        key = self, majority
+        with _lock:
+            if key not in _databases:  # making one costs a tenth of an append
+                _databases[key] = self._made(majority)
+            return _databases[key]
+
+    def _made(self, majority: bool) -> Database[dict[str, Any]]:
+        db = self.client[self.dbname]
+        if self.is_mock:
+            return db
+        given = db.write_concern if 'w' in db.write_concern.document else MAJORITY
+        return db.with_options(
             read_preference=ReadPreference.PRIMARY,
             read_concern=ReadConcern('majority'),
-            write_concern=write_concern,
+            write_concern=MAJORITY if majority else given,
         )
 
     def within(self, seconds: float) -> AbstractContextManager[None]:
@@ -347,6 +354,7 @@ def disconnect() -> None:
     with _lock:
         _default = _first = None
         _sent.set(None)
+        _databases.clear()
         for client in _clients.values():
             with pymongo.timeout(CLOSE_TIMEOUT):  # else it looks for a server that is gone, to end its sessions there
                 client.close()
@@ -549,6 +557,7 @@ def _forget_inherited_clients() -> None:
     _lock = threading.RLock()
     _inherited.extend(_clients.values())
     _clients.clear()
+    _databases.clear()
 
 
 if hasattr(os, 'register_at_fork'):

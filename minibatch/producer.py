@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime
@@ -29,6 +29,7 @@ from bson import Decimal128, Int64, ObjectId
 from bson.binary import UuidRepresentation
 from bson.codec_options import DatetimeConversion
 from bson.raw_bson import RawBSONDocument
+from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 
 from . import clock, connection, store
@@ -85,11 +86,35 @@ class Failure(NamedTuple):
         return error
 
 
+class Entry:
+    """Messages of one call, on their way."""
+
+    def __init__(
+        self, datas: list[bytes], times: list[datetime], meta: list[RawBSONDocument | None], stays: bool = False
+    ) -> None:
+        self.datas, self.times, self.meta = datas, times, meta
+        self.stays = stays  # whether it stays queued after a failure: its caller has returned, or was told so
+        self.timeout = 0.0  # how long its caller waits for it
+        self.written = 0
+        self.failure: Failure | None = None
+
+    @property
+    def left(self) -> int:
+        return len(self.datas) - self.written
+
+    @property
+    def settled(self) -> bool:
+        return self.failure is not None or len(self.datas) == self.written
+
+
+NOTHING = Entry([], [], [])
+
+
 class HowFar:
     """How far one append is: whatever ends it early, also Ctrl-C and what the caller's iterable raises, says so."""
 
     def __init__(self) -> None:
-        self._before, self._entry = 0, Entry([], [], [])
+        self._before, self._entry = 0, NOTHING
 
     def begin(self, entry: Entry) -> None:
         """These messages are next."""
@@ -126,27 +151,6 @@ class Sent(NamedTuple):
     offset: int
 
 
-class Entry:
-    """Messages of one call, on their way."""
-
-    def __init__(
-        self, datas: list[bytes], times: list[datetime], meta: list[RawBSONDocument | None], stays: bool = False
-    ) -> None:
-        self.datas, self.times, self.meta = datas, times, meta
-        self.stays = stays  # whether it stays queued after a failure: its caller has returned, or was told so
-        self.timeout = 0.0  # how long its caller waits for it
-        self.written = 0
-        self.failure: Failure | None = None
-
-    @property
-    def left(self) -> int:
-        return len(self.datas) - self.written
-
-    @property
-    def settled(self) -> bool:
-        return self.failure is not None or not self.left
-
-
 class Producer:
     """The one writer of this process to a stream; get it with `producer_of`."""
 
@@ -156,11 +160,13 @@ class Producer:
         self._offset = 0
         self._used = time.time()
         self._lock = threading.RLock()
+        self._is_ours: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]
         self._condition = threading.Condition(self._lock)
         self.gave_up = False  # told to stop while MongoDB was away, who appended has not waited for it
         self.inherited = False  # by a forked child, which has producers of its own
         self._queue: deque[Entry] = deque()
         self._in_flight: list[Sent] = []
+        self._collection: Collection[Any] | None = None
         self._unclear = False  # whether an attempt at what is in flight may have been applied without our knowing
         self._writing = 0  # the thread that does
         self._partial: Entry | None = None
@@ -190,7 +196,8 @@ class Producer:
                 self._take_room(1, limits, HowFar())
             if (queued_on := _queued_on.get()) is not None:
                 queued_on[self] = limits.timeout
-            self._refuse_reentrance()
+            if self._is_ours():
+                self._refuse_reentrance()
             with self._lock:
                 partial = self._partial
                 if partial is None:
@@ -256,6 +263,7 @@ class Producer:
 
     def _write_behind(self, timeout: float) -> Failure | None:
         """Have the record batch being filled written by the thread in the background; wait for the one before it."""
+        self._refuse_reentrance()
         with self._lock:
             before, self._behind = self._behind, self._partial
             self._seal_partial()
@@ -320,7 +328,7 @@ class Producer:
 
     def _refuse_reentrance(self) -> None:
         """A handler of signals or logging must not wait for the append that it has interrupted, nor come between."""
-        if self._writing == threading.get_ident() or self._lock._is_owned() or self._room.counting:  # type: ignore[attr-defined]
+        if self._writing == threading.get_ident() or self._is_ours() or self._room.counting:
             raise ReentranceError(
                 f'stream {self.stream!r} is being appended to by this very thread, which this call, such as that of a '
                 f'handler of signals or logging, has interrupted; nothing of it was written. Append from there to '
@@ -373,7 +381,7 @@ class Producer:
             self._refuse(refusal, all_in_flight=False)
 
     def _insert_until(self, deadline: float) -> tuple[int, str]:
-        buffer = self.target.db.buffer
+        buffer = self._buffer
         records: list[Any] = [sent.record for sent in self._in_flight]
         if self.target.is_mock:
             records = [bson.decode(record.raw) for record in records]
@@ -397,6 +405,13 @@ class Producer:
             except BaseException:
                 self._unclear = True
                 raise
+
+    @property
+    def _buffer(self) -> Collection[Any]:
+        db = self.target.db
+        if self._collection is None or self._collection.database is not db:
+            self._collection = db.buffer
+        return self._collection
 
     def _cut_records(self) -> None:
         """Take entries off the queue, as many as one insert should carry, and give them their offsets."""
@@ -650,6 +665,8 @@ def cuts(
 def to_bson(value: Any) -> bytes:
     """A document as bytes; raises if it could be stored, but not read any more."""
     raw = bson.encode(value, codec_options=CODEC)
+    if type(value) is dict and SAFE.issuperset(map(type, value.values())):  # most are, and soonest seen so
+        return raw
     if type(value) is not dict or not _is_safe(value.values()):
         bson.decode(raw, CODEC)
     return raw

@@ -147,6 +147,15 @@ class Mongod:
     def pause(self) -> None:
         """Freeze it: connections stay open, and nothing is answered."""
         self._signal(signal.SIGSTOP)
+        assert self.process
+        threads = Path(f'/proc/{self.process.pid}/task')  # on other systems than Linux there is none
+
+        def stopped() -> bool:
+            with contextlib.suppress(FileNotFoundError):
+                return all(b'\nState:\tT' in status.read_bytes() for status in threads.glob('*/status'))
+            return False
+
+        eventually(stopped)
 
     def resume(self) -> None:
         """Let it go on after pause()."""
