@@ -17,7 +17,7 @@ from servers import Mongod, eventually
 import minibatch as mb
 from minibatch.contracts import SourceContract
 from minibatch.contrib.mongodb import MongoReplicasetSource, changes
-from minibatch.errors import ArgumentError
+from minibatch.errors import ArgumentError, ServerError
 
 
 def place(db):
@@ -157,6 +157,29 @@ def test_a_standalone_is_told_to_use_the_other_source(standalone, standalone_url
         stream.attach(MongoReplicasetSource(things), background=False)
 
 
+@pytest.mark.parametrize(('options', 'why'), [
+    ({'viewOn': 'others', 'pipeline': []}, r'things is a view.* follow test_\w+\.others'),
+    ({'timeseries': {'timeField': 'at'}}, r"things is a time series.* MongoSource with idcol='at'"),
+])  # fmt: skip
+@pytest.mark.parametrize('start', ['now', 'earliest'])
+def test_what_has_no_change_stream_gets_advice_when_it_is_attached(url, db, things, options, why, start):
+    db.create_collection('things', **options)
+    with mb.stream('test', url=url) as stream, pytest.raises(ArgumentError, match=why):
+        stream.attach(MongoReplicasetSource(things, start=start), background=False)
+
+
+@pytest.mark.parametrize(('database', 'name'), [('local', 'oplog.rs'), ('admin', 'things'), ('test', 'system.views')])
+def test_collections_of_mongodb_itself_are_refused(mongod, url, database, name):
+    with mb.stream('test', url=url) as stream, pytest.raises(ArgumentError, match=f'{name} belongs to MongoDB'):
+        stream.attach(MongoReplicasetSource(mongod.client[database][name]), background=False)
+
+
+def test_what_the_server_refuses_is_said_in_its_words_alone(url, things, monkeypatch):
+    monkeypatch.setattr(MongoReplicasetSource, '_check_collection', lambda self: things.database.command('nothing'))
+    with mb.stream('test', url=url) as stream, pytest.raises(ServerError, match=r"things: no such command: 'nothing'$"):
+        stream.attach(MongoReplicasetSource(things), background=False)
+
+
 @pytest.mark.parametrize(('wrong', 'why'), [
     ({'collection': 'things'}, 'collection must be'), ({'size': 0}, 'size must be'),
     ({'updates': 1}, 'updates must be'),
@@ -269,6 +292,24 @@ def test_a_rescan_beside_writers_and_restarts_doubles_nothing(url, db, things):
     operations = [about['operation'] for _, about in messages(db)]
     assert set(operations) == {'rescan', 'insert'}
     assert operations == sorted(operations, reverse=True)
+
+
+@pytest.mark.parametrize('how', ['earliest', 'renamed'])
+def test_a_capped_collection_is_brought_and_followed(url, db, things, warnings, monkeypatch, how):
+    monkeypatch.setattr(changes, 'SNAPSHOT_PAUSE', 0.01)
+    db.create_collection('things' if how == 'earliest' else 'others', capped=True, size=1 << 20)
+    db['things' if how == 'earliest' else 'others'].insert_many([{'i': i} for i in range(25)])
+    source = MongoReplicasetSource(things, size=10, start='earliest' if how == 'earliest' else 'now')
+    with running(source, url):
+        if how == 'renamed':
+            eventually(lambda: db.source.count_documents({}))
+            things.insert_one({'i': -1})
+            await_numbers(db, [-1])
+            db.others.rename('things', dropTarget=True)
+        await_numbers(db, range(25) if how == 'earliest' else range(-1, 25))
+        things.insert_one({'i': 25})
+        await_numbers(db, range(26) if how == 'earliest' else range(-1, 26))
+    assert any('may come twice' in said for said in warnings())
 
 
 def test_a_rescan_that_can_no_longer_be_at_one_moment_goes_on_as_it_can(url, db, things, warnings, monkeypatch):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import random
+import struct
 import threading
 import time
 from datetime import datetime, timedelta, timezone
@@ -9,8 +10,9 @@ from decimal import Decimal
 
 import bson
 import pytest
-from bringing import DELAY, await_numbers, brought, id_at, numbers, poll, running, tokens
+from bringing import DELAY, await_numbers, brought, id_at, messages, numbers, poll, running, tokens
 from bson import Binary, Decimal128, ObjectId, Timestamp
+from bson.raw_bson import RawBSONDocument
 from processes import SEED
 from servers import eventually
 
@@ -58,6 +60,46 @@ def test_the_documents_of_a_view_are_brought(url, db, things):
     db.create_collection('even', viewOn='things', pipeline=[{'$match': {'i': {'$mod': [2, 0]}}}])
     with running(poll(db.even, idcol='i'), url):
         await_numbers(db, range(0, 10, 2))
+
+
+def test_a_time_series_is_brought_by_its_time_and_that_is_advised(url, db, things, warnings):
+    db.create_collection('things', timeseries={'timeField': 'at'})
+    things.insert_many([{'at': datetime(2026, 1, 1 + i // 2), 'i': i} for i in range(6)])
+    with running(poll(things, idcol='at', size=1), url):
+        await_numbers(db, range(6))
+    assert not any('time series' in said for said in warnings())
+    with running(poll(things), url, 'by id'):
+        await_numbers(db, range(6), 'by id')
+    assert any("idcol='at'" in said for said in warnings())
+
+
+def text_id(id_, text):
+    """A document of which MongoDB does not mind that its texts are no UTF-8."""
+    raw = bson.encode({'_id': 'ID', 'key': 'KEY'})
+    for name, value in ((b'ID', id_), (b'KEY', text)):
+        old = struct.pack('<i', len(name) + 1) + name
+        raw = raw.replace(old, struct.pack('<i', len(value) + 1) + value)
+    return RawBSONDocument(struct.pack('<i', len(raw)) + raw[4:])
+
+
+@pytest.mark.parametrize('size', [1, 2, 1000])
+@pytest.mark.parametrize('make', [
+    poll, lambda things, size: poll(things, size=size, idcol='key'),
+    lambda things, size: MongoReplicasetSource(things, size=size, start='earliest'),
+], ids=['_id', 'key', 'rescan'])  # fmt: skip
+def test_ids_that_are_no_utf8_are_stepped_over_to_the_dead_letters(url, db, things, make, size):
+    bad = [text_id(b'b\xff', b'b\xff'), text_id(b'b\xff\xfe', b'b\xff'), text_id(b'd\xff', b'd\xfe')]
+    things.insert_many([{'_id': 'a', 'key': 'a'}, *bad[:2], {'_id': 'c', 'key': 'c'}, bad[2]])
+    with running(make(things, size=size), url):
+        eventually(lambda: len(brought(db)) == 2 and len(brought(db, 'test.dead_letters')) == 3)
+    with running(make(things, size=size), url):
+        things.insert_one({'_id': 'e', 'key': 'e'})
+        eventually(lambda: len(brought(db)) == 3)
+    assert [doc['_id'] for doc in brought(db)] == ['a', 'c', 'e']
+    letters = messages(db, 'test.dead_letters')
+    assert [letter['data'] for letter, _ in letters] == [document.raw for document in bad]
+    assert [meta['id'] for _, meta in letters] == ['b\\xff', 'b\\xff\\xfe', 'd\\xff']
+    assert letters[0][0]['error'].startswith('the document with _id b\\xff cannot be decoded: ')
 
 
 def test_a_collection_that_does_not_exist_yet_is_waited_for(url, db, things):

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,8 @@ from .documents import (
     check_size,
     digest,
     message,
+    packed,
+    raw,
     raw_collection,
     reached,
 )
@@ -58,12 +60,14 @@ HISTORY_LOST = {
     10334,  # BSONObjectTooLarge: a change whose _id and document are too large together is told by no server
 }
 SNAPSHOT_PAUSE = 0.2
+SNAPSHOT_TRIES = 25
 NO_SNAPSHOTS = 72  # InvalidOptions: before MongoDB 5.0
 SNAPSHOT_LOST = {
     NO_SNAPSHOTS,
     239,  # SnapshotTooOld
     246,  # SnapshotUnavailable
 }
+INTERNAL = {'admin', 'config', 'local'}  # databases
 UPDATES = ['update', 'replace']
 
 
@@ -99,8 +103,8 @@ class MongoReplicasetSource(Anchored):
 
     A rescan reads the collection as it was at one moment, and goes on with the changes since that moment. MongoDB can
     do that for 5 minutes (``minSnapshotHistoryWindowInSeconds``), and from version 5.0 on. Beyond that it reads what
-    there is, and what is changed during the rescan may come twice: the document and then the change. The oplog must
-    hold the changes made during a rescan, else another one follows.
+    there is, and what is changed during the rescan may come twice: the document and then the change. So it is with
+    capped collections, in all versions. The oplog must hold the changes made during a rescan, else another one follows.
 
     Args:
         collection: the pymongo collection; it need not exist yet.
@@ -113,8 +117,9 @@ class MongoReplicasetSource(Anchored):
             collection; give one if a stream has sources of two collections where both are the same.
 
     Raises:
-        ArgumentError: naming the argument that is wrong; from ``stream()``, if the server is a standalone, which has no
-            change streams: use `MongoSource`.
+        ArgumentError: naming the argument that is wrong; from ``stream()``, if there are no change streams, which is so
+            on a standalone server, of views, time series, and collections of MongoDB's own: use `MongoSource`.
+        ServerError: from ``stream()``, if MongoDB refuses it.
 
     Example:
         >>> import minibatch as mb
@@ -173,10 +178,28 @@ class MongoReplicasetSource(Anchored):
                 f'the server of collection {self.collection.full_name} is a standalone, which has no change streams; '
                 f'start mongod with --replSet, or use MongoSource'
             )
+        self._check_collection()
         name = self.collection.full_name
         if len(name) > 100:
             name = f'{name[:80]}#{digest(name).hex()}'
         return self._name or f'mongodb/{server.get("setName", "sharded")[:60]}/{name}/changes'
+
+    def _check_collection(self) -> None:
+        """Refuse what has no change stream, as long as we may look."""
+        name, database = self.collection.full_name, self.collection.database
+        if database.name in INTERNAL or self.collection.name.startswith('system.'):
+            raise ArgumentError(f'collection {name} belongs to MongoDB, which tells no changes of it; use MongoSource')
+        found: Mapping[str, Any] = {}
+        with suppress(OperationFailure):
+            found = next(iter(database.list_collections(filter={'name': self.collection.name})), found)
+        if found.get('type') == 'view':
+            behind = f'{database.name}.{found["options"]["viewOn"]}'
+            raise ArgumentError(f'{name} is a view, which has no changes; follow {behind}, or use MongoSource')
+        if found.get('type') == 'timeseries':
+            field = found['options']['timeseries']['timeField']
+            raise ArgumentError(
+                f'{name} is a time series, which has no change stream; use MongoSource with idcol={field!r}'
+            )
 
     def _now(self) -> Timestamp:
         """The time of the server, as it counts its writes."""
@@ -227,7 +250,7 @@ class MongoReplicasetSource(Anchored):
             return
         key = event.get('documentKey', {}).get('_id')
         changed = event.get('wallTime') or event['clusterTime'].as_datetime()
-        document = {'_id': key} if operation == 'delete' else event.get('fullDocument')
+        document = raw({'_id': key}) if operation == 'delete' else event.get('fullDocument')
         if document is not None:
             meta = {'operation': 'update' if operation == 'replace' else operation, 'id': key, 'time': changed}
             yield message(document, {'resume': event['_id'], 'time': changed}, meta)
@@ -264,32 +287,37 @@ class MongoReplicasetSource(Anchored):
     def _rescan(self, producer: Any, scan: Mapping[str, Any]) -> None:
         """Append all documents as they were at a time, then go on with the changes from there on."""
         logger.info('collection %s is read as it was at %s', self.collection.full_name, scan['at'].as_datetime())
+        tries = 0
         while not self._cancelled.is_set():
             try:
                 documents = self._page(scan)
             except OperationFailure as exc:
-                scan = self._without_snapshot(producer, scan, exc)
+                tries += 1
+                scan = self._without_snapshot(producer, scan, exc, tries)
                 continue
             if not documents:
                 producer.save(_behind(scan['at']))
                 break
             messages = []
             for document in documents:
-                scan = {**scan, 'after': bson.encode({'_id': document['_id']}, codec_options=RAW)}
+                scan = {**scan, 'after': packed({'_id': document['_id']})}
                 meta = {'operation': 'rescan', 'id': document['_id'], 'time': scan['at'].as_datetime()}
                 messages.append(message(document, {'scan': scan}, meta))
             producer.append_many(messages)
 
-    def _without_snapshot(self, producer: Any, scan: Mapping[str, Any], exc: OperationFailure) -> Mapping[str, Any]:
-        """How to go on reading when the collection cannot be read as it was at that time."""
+    def _without_snapshot(
+        self, producer: Any, scan: Mapping[str, Any], exc: OperationFailure, tries: int
+    ) -> Mapping[str, Any]:
+        """How to go on when the collection cannot be read as it was at that time; if it is capped, not at any."""
         if exc.code not in SNAPSHOT_LOST or not scan['snapshot']:
             raise exc
-        if 'after' not in scan and exc.code != NO_SNAPSHOTS:  # nothing was brought, so another time will do
+        if 'after' not in scan and exc.code != NO_SNAPSHOTS and tries < SNAPSHOT_TRIES:
+            # Nothing was brought, so another time will do, such as one when a new collection was there.
             self._cancelled.wait(SNAPSHOT_PAUSE)
             producer.save(_scan(self._now()))
             return dict(producer.token['scan'])
-        logger.warning('collection %s cannot be read any more as it was (error %s): what changes while it is read may '
-                       'come twice', self.collection.full_name, exc.code)  # fmt: skip
+        logger.warning('collection %s cannot be read as it was at one moment (error %s): what changes while it is read '
+                       'may come twice', self.collection.full_name, exc.code)  # fmt: skip
         return {**scan, 'snapshot': False}
 
     def _page(self, scan: Mapping[str, Any]) -> list[RawBSONDocument]:
@@ -302,7 +330,7 @@ class MongoReplicasetSource(Anchored):
         }  # fmt: skip
         if 'after' in scan:
             after = bson.decode(scan['after'], codec_options=RAW)['_id']
-            command.update(min={'_id': after}, filter={'_id': {'$ne': after}})
+            command.update(min=raw({'_id': after}), filter={'_id': raw({'$ne': after})})
         reply = self.collection.database.command(command, codec_options=RAW)
         documents: list[RawBSONDocument] = reply['cursor']['firstBatch']
         return documents

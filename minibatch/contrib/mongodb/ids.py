@@ -14,7 +14,7 @@ from bson import Decimal128, Int64, ObjectId, Timestamp
 from bson.code import Code
 from bson.datetime_ms import DatetimeMS
 
-from .documents import RAW
+from .documents import RAW, packed
 
 # MongoDB compares values of one kind with each other; the names are those of its operator $type.
 KINDS = ('number', 'string', 'object', 'binData', 'objectId', 'bool', 'date', 'timestamp')
@@ -77,8 +77,7 @@ class Bound(NamedTuple):
 
     def packed(self) -> bytes:
         """As bytes, so that whoever stores it need not be able to decode it."""
-        doc = {'value': self.value, 'before': self.before, 'id': self.id}
-        return bson.encode(doc, codec_options=RAW)
+        return packed({'value': self.value, 'before': self.before, 'id': self.id})
 
     @classmethod
     def unpacked(cls, packed: bytes) -> Bound:

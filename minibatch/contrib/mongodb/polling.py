@@ -39,6 +39,7 @@ from .documents import (
     check_size,
     digest,
     message,
+    raw,
     raw_collection,
     reached,
 )
@@ -176,6 +177,10 @@ class MongoSource(Anchored):
         for found in self.collection.database.list_collections(filter={'name': self.collection.name}):
             id_ = found['info'].get('uuid') or digest(self.collection.full_name)  # a view has none
             name = f'mongodb/{id_.hex() if isinstance(id_, bytes) else id_.hex}/{self._idcol[:100]}'
+            if self._idcol == '_id' and 'timeseries' in found['options']:
+                self._say('collection %s is a time series, whose _id has no index, so each poll reads all of it; use '
+                          'idcol=%r', self.collection.full_name,
+                          found['options']['timeseries']['timeField'])  # fmt: skip
             return f'{name}/{digest(self._query).hex()}' if self._query else name
         return None
 
@@ -241,7 +246,7 @@ class MongoSource(Anchored):
 
     def _beyond(self, bound: Bound) -> dict[str, Any]:
         if bound.before:
-            return {self._idcol: {'$gte': bound.value}}
+            return {self._idcol: raw({'$gte': bound.value})}
         return self._compared('$gt', '$gt', bound)
 
     def _up_to(self, bound: Bound) -> dict[str, Any]:
@@ -249,9 +254,9 @@ class MongoSource(Anchored):
 
     def _compared(self, strictly: str, last: str, bound: Bound) -> dict[str, Any]:
         if self._idcol == '_id':
-            return {'_id': {last: bound.value}}
-        same = {self._idcol: {'$eq': bound.value}, '$expr': {last: ['$_id', {'$literal': bound.id}]}}
-        return {'$or': [{self._idcol: {strictly: bound.value}}, same]}
+            return {'_id': raw({last: bound.value})}
+        same = {self._idcol: raw({'$eq': bound.value}), '$expr': {last: ['$_id', raw({'$literal': bound.id})]}}
+        return {'$or': [{self._idcol: raw({strictly: bound.value})}, same]}
 
 
 @dataclass
@@ -359,7 +364,7 @@ class _Pass:
         if not late:
             return {}
         source = self._source
-        found = source._documents.find({'_id': {'$in': list(late.values())}})
+        found = source._documents.find({'_id': raw({'$in': list(late.values())})})
         docs = {mark: doc for doc in found if (mark := self._mark(doc)) in late}  # else it was changed meanwhile
         logger.info('collection %s: %d documents became visible late', source.collection.full_name, len(docs))
         self._append([docs[mark] for mark in late if mark in docs], ahead=False)  # others are deleted
