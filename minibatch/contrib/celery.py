@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 import sys
 import threading
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from minibatch.abc import SourceMessage
 from minibatch.errors import ArgumentError, CancelledError, MinibatchError
 
 try:
+    from amqp.exceptions import FrameSyntaxError
     from celery import Celery
     from celery.events import get_exchange
     from celery.events.state import TASK_EVENT_TO_STATE
@@ -37,6 +39,9 @@ BATCH = 1000  # messages of the broker
 POLL = 0.2
 KEEP = 24 * 3600.0
 KEEP_BYTES = 256 << 20
+HEADER_FRAME = 2  # of AMQP: class, weight and size of the content, then its properties
+HEADER_BYTES = 12
+NO_PROPERTIES = bytes(2)
 
 
 class CeleryEventSource:
@@ -141,6 +146,8 @@ class CeleryEventSource:
             lasting = self._keep > 0 and connection.transport.driver_type == 'amqp'
             arrived = _Arrived(stream, self._tasks, self._events, self._cancelled, lasting)
             channel = connection.channel()
+            if lasting:
+                _leave_out_what_cannot_be_decoded(connection.connection)
             if isinstance(channel, virtual.Channel):
                 channel.Message = _AnyMessage
             consumer = connection.Consumer(
@@ -179,6 +186,22 @@ class _AnyMessage(virtual.Message):  # type: ignore[misc]
         except Exception:
             self.errors = [sys.exc_info()]
             Message.__init__(self, payload, channel=channel)
+
+
+def _leave_out_what_cannot_be_decoded(connection: Any) -> None:
+    """Let py-amqp hand over a message without its properties, if it cannot decode them: it would come for ever."""
+    handle = connection.on_inbound_frame
+
+    def on_frame(frame: tuple[int, int, bytes]) -> Any:
+        kind, channel, content = frame
+        try:
+            return handle(frame)
+        except (UnicodeDecodeError, FrameSyntaxError, struct.error):
+            if kind != HEADER_FRAME:
+                raise
+            return handle((kind, channel, bytes(content[:HEADER_BYTES]) + NO_PROPERTIES))
+
+    connection.on_inbound_frame = on_frame
 
 
 class _Tasks:
