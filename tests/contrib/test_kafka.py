@@ -366,6 +366,10 @@ def test_an_offset_that_kafka_does_not_have_is_told(
 # --- arguments
 
 
+async def later(data):
+    return data
+
+
 @pytest.mark.parametrize(('options', 'why'), [
     ({'topic': 'a b'}, r"topic must have 1 to 249 letters, digits, and \. _ -, not 'a b'"),
     ({'topic': 'a.*'}, r'for a pattern pass re\.compile'),
@@ -379,6 +383,8 @@ def test_an_offset_that_kafka_does_not_have_is_told(
     ({'bootstrap_servers': 'a:1'}, 'bootstrap_servers is called urls here'),
     ({'sesion_timeout_ms': 1}, 'sesion_timeout_ms is no argument, and no configuration of kafka.KafkaConsumer'),
     ({'value_deserializer': 7}, 'value_deserializer must be a function, or have a method deserialize'),
+    ({'value_deserializer': later}, 'value_deserializer must be a plain function, and later is async def'),
+    ({'key_deserializer': lambda: 0}, 'key_deserializer is called with the data'),
 ])  # fmt: skip
 def test_a_wrong_argument_of_the_source_is_named(options, why):
     with pytest.raises(ArgumentError, match=why):
@@ -394,6 +400,9 @@ def test_a_wrong_argument_of_the_source_is_named(options, why):
     ({'transactional_id': 'a'}, 'transactional_id is not supported'),
     ({'group_id': 'a'}, 'group_id is no argument, and no configuration of kafka.KafkaProducer'),
     ({'value_serializer': 7}, 'value_serializer must be a function, or have a method serialize'),
+    ({'value_serializer': later}, 'value_serializer must be a plain function'),
+    ({'topic': later}, 'topic must be a plain function'),
+    ({'key': lambda a, b: 0}, 'key is called with a message'),
 ])  # fmt: skip
 def test_a_wrong_argument_of_the_sink_is_named(options, why):
     with pytest.raises(ArgumentError, match=why):

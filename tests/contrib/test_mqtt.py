@@ -448,6 +448,7 @@ def test_a_wrong_argument_of_the_source_is_named(arguments, options, message):
 
 
 @pytest.mark.parametrize(('topic', 'options', 'message'), [
+    (lambda: 'a', {}, 'topic is called with a message'),
     ('a/+', {}, 'without'), ('', {}, 'topic must be'), ('a', {'qos': 5}, 'qos'), ('a', {'retain': 1}, 'retain must be'),
     ('a', {'expand': None}, 'expand must be'), ('a', {'timeout': 0}, 'timeout must be'), ('a', {'x': 0}, 'x: unknown'),
 ])

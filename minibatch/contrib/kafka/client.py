@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from kafka.errors import KafkaError
 
+from minibatch import functions
 from minibatch.errors import ArgumentError
 
 LOCAL = 'localhost:9092'
@@ -66,6 +67,7 @@ def coder(configs: dict[str, Any], name: str, default: Any) -> Coder:
         return coder
     if not callable(given):
         raise ArgumentError(f'{name} must be a function, or have a method {method}, not {given!r}')
+    functions.check(name, given, 'the data', plain=True)
     return partial(_of_data, given)
 
 

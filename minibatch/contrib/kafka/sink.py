@@ -13,7 +13,7 @@ from bson import Decimal128, ObjectId
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
-from minibatch import jsontext
+from minibatch import functions, jsontext
 from minibatch.errors import ArgumentError, DataError
 
 from .client import TOPIC_NAME, checked_configs, checked_topic, checked_urls, coder, opened
@@ -75,12 +75,16 @@ class KafkaSink:
             checked_topic(topic)
         elif not callable(topic):
             raise ArgumentError(f'topic must be the name of a topic or a function, not {topic!r}')
+        else:
+            functions.check('topic', topic, 'a message', plain=True)
         self._topic = topic
         self._urls = checked_urls(urls)
         if not isinstance(expand, bool):
             raise ArgumentError(f'expand must be True or False, not {expand!r}')
         if key is not None and not callable(key) and not (isinstance(key, str) and key):
             raise ArgumentError(f'key must be the name of a field or a function, not {key!r}')
+        if callable(key):
+            functions.check('key', key, 'a message', plain=True)
         self._expand, self._key_of = expand, key
         self._configs = checked_configs(KafkaProducer, SINK_DEFAULTS, configs)
         if self._configs['acks'] not in ('all', -1):

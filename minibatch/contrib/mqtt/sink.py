@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from minibatch import jsontext
+from minibatch import functions, jsontext
 from minibatch.errors import ArgumentError, DataError
 
 from .broker import BATCH_MESSAGES, CONNECT_TIMEOUT, Broker, Client, check_bool, check_qos, check_topic, refusal
@@ -58,7 +58,9 @@ class MQTTSink:
         **options: Any,
     ) -> None:
         self._broker = Broker(url, options)
-        if not callable(topic):
+        if callable(topic):
+            functions.check('topic', topic, 'a message', plain=True)
+        else:
             check_topic(topic, wildcards=False)
         self._topic = topic
         self._qos = check_qos(qos)
