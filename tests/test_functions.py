@@ -743,3 +743,19 @@ def test_what_prepares_a_window_that_was_picked_may_raise_as_the_function_may(st
     monkeypatch.setattr('minibatch.delivery.RETRY_PAUSES', (0.01, 0.01))
     assert consumed(stream, lambda values: values, 2, **options) == ([[2, 3]], ['SystemExit: why'])
     assert [dead.attempts for dead in stream.dead_letters()] == [2]
+
+
+def test_what_an_async_function_or_sink_has_only_queued_is_stored_when_its_window_is_done(stream):
+    made, put = (mb.stream(name, url=stream.target.url, batchsize=100, linger=1000) for name in ('made', 'put'))
+
+    async def appends(window):
+        await asyncio.sleep(0)
+        made.append({'n': len(window)})
+
+    class Appends:
+        async def put(self, messages):
+            await asyncio.sleep(0)
+            put.append({'n': len(messages)})
+
+    mb.make_emitter('s', appends, stream=stream, size=4, executor='inline', sink=Appends()).run(blocking=False)
+    assert [sum(record.n for record in each.buffer()) for each in (made, put)] == [1, 1]
