@@ -140,7 +140,7 @@ class Delivery:
             self._lease.check()
             windows = [self._commit_of(claim) for claim, _ in run[taken:]]
             try:
-                with producer.flushed():
+                with producer.Flushed():
                     count = functions.call(self._bulk.put_many, [outcome.value for _, outcome in run[taken:]], windows)
                 if not (isinstance(count, int) and 0 <= count <= len(windows)):
                     raise TypeError(f'put_many must return how many results it took, not {count!r}')
@@ -193,7 +193,7 @@ class Delivery:
             functions.call(self._once.put_once, outcome.value, window)
             claim.committed = window.done
         elif self._emitter.forwards:
-            with producer.flushed():
+            with producer.Flushed():
                 functions.call(self._emitter.forward, outcome.value, keep=False)
 
     def _commit_of(self, claim: Claim) -> _Commit:

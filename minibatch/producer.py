@@ -18,7 +18,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from contextvars import ContextVar
 from datetime import datetime
 from multiprocessing.util import Finalize
@@ -66,7 +66,7 @@ RENEWED = 12 * 3600.0  # seconds; less than positions of idle producers are kept
 UNLIMITED = Limits()
 
 _registry: dict[tuple[Target, str], Producer] = {}
-_queued_on: ContextVar[dict[Producer, float] | None] = ContextVar('minibatch_queued_on', default=None)
+_queued_on: ContextVar[set[Producer] | None] = ContextVar('minibatch_queued_on', default=None)
 _registry_lock = threading.RLock()
 
 
@@ -195,7 +195,7 @@ class Producer:
             if limits.max_backlog is not None:
                 self._take_room(1, limits, HowFar())
             if (queued_on := _queued_on.get()) is not None:
-                queued_on[self] = limits.timeout
+                queued_on.add(self)
             if self._is_ours():
                 self._refuse_reentrance()
             with self._lock:
@@ -540,20 +540,21 @@ def producer_of(target: Target, stream: str) -> Producer:
         return _registry[key]
 
 
-@contextmanager
-def flushed() -> Iterator[None]:
-    """What is appended in this context, and only queued, is stored when it ends, or else this raises, as `flush` does.
+class Flushed:
+    """A context: what is appended in it, and only queued, is stored when it ends, or else that raises, as `flush` does.
 
     Only that of this thread, and of asyncio tasks begun in it; what threads of its own append is theirs to flush.
     """
-    timeouts: dict[Producer, float] = {}
-    reset = _queued_on.set(timeouts)
-    try:
-        yield
-    finally:
-        _queued_on.reset(reset)
-    for producer, timeout in timeouts.items():
-        producer.flush(timeout)
+
+    def __enter__(self) -> None:
+        self._producers: set[Producer] = set()
+        self._reset = _queued_on.set(self._producers)
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        _queued_on.reset(self._reset)
+        if kind is None:
+            for producer in self._producers:
+                producer.flush()
 
 
 def flush_all() -> None:

@@ -211,7 +211,7 @@ class Task:
         """Do all windows; they are done when what their functions have appended is stored, not just queued."""
         outcomes: list[Outcome] = []
         try:
-            with producer.flushed():
+            with producer.Flushed():
                 outcomes += [self._do(work, found) for work in self.works]
         except ServerError as exc:
             by_function = not isinstance(exc, UnconfirmedError)
