@@ -118,7 +118,8 @@ class MongoReplicasetSource(Anchored):
 
     Raises:
         ArgumentError: naming the argument that is wrong; from ``stream()``, if there are no change streams, which is so
-            on a standalone server, of views, time series, and collections of MongoDB's own: use `MongoSource`.
+            on a standalone server, of views, time series, and collections of MongoDB's own: use `MongoSource`;
+            or if the collection is the one where the stream keeps its messages.
         ServerError: from ``stream()``, if MongoDB refuses it.
 
     Example:

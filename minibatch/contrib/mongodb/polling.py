@@ -106,7 +106,8 @@ class MongoSource(Anchored):
         name: the name of the position, if it is not to be made of the collection.
 
     Raises:
-        ArgumentError: naming the argument that is wrong.
+        ArgumentError: naming the argument that is wrong; from ``stream()``, if the collection is the one where the
+            stream keeps its messages, and no ``query`` leaves them out.
 
     Example:
         >>> import minibatch as mb
