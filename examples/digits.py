@@ -1,6 +1,6 @@
 """Read handwritten digits with a costly function: in one worker process, in two, and on a Dask cluster of two.
 
-    pip install minibatch[dask] scikit-learn matplotlib
+    pip install '.[dask]' scikit-learn matplotlib
     python examples/digits.py            # 890 images, or, with a number, so many
 
 The model looks at each image in 45 ways. It is trained here, and travels to the workers with the function.

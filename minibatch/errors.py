@@ -148,3 +148,8 @@ class GroupConflictError(LeaseError):
 
 class GroupBusyError(LeaseError):
     """A consumer leads this consumer group; stop it first."""
+
+
+def install_hint(extra: str) -> str:
+    """What installs an extra: from the source, because minibatch means another product on the package index."""
+    return f"`pip install '.[{extra}]'` in the source folder of minibatch"

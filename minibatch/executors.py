@@ -20,7 +20,7 @@ from typing import Any
 from . import functions, signals
 from .abc import Completion, Executor
 from .connection import masked
-from .errors import ArgumentError
+from .errors import ArgumentError, install_hint
 
 logger = logging.getLogger(__name__)
 
@@ -173,5 +173,5 @@ def _class_of(given: Any) -> Callable[[Any], Any]:
     names = [repr(name) for name in NAMED] + [f"'{name}://...'" for name in sorted(registered)]
     raise ArgumentError(
         f'executor must be one of {", ".join(names)}, or a class or an instance with submit(fn), not '
-        f'{masked(str(given))!r}; pip install minibatch[dask] brings what dask://host:8786 needs'
+        f'{masked(str(given))!r}; {install_hint("dask")} brings what dask://host:8786 needs'
     )

@@ -235,7 +235,7 @@ def test_without_flask_the_dashboard_says_what_to_install():
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith('error: ')
-    assert 'pip install minibatch[apps]' in done.stderr
+    assert "pip install '.[apps]'" in done.stderr
     assert done.stderr.count('\n') == 1
 
 

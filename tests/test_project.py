@@ -239,6 +239,26 @@ def test_the_extra_all_brings_every_extra_but_omegaml_and_the_development_tools(
     assert sorted(brought) == sorted(set(extras) - {'all', 'omegaml', 'dev'})
 
 
+def test_no_reader_is_told_to_install_what_has_this_name_on_the_package_index():
+    texts = [ROOT / 'README.rst', ROOT / 'CONTRIBUTING.rst', ROOT / 'CHANGELOG.rst', ROOT / 'Dockerfile']
+    texts += [path for folder in ('docs', 'examples', 'minibatch', 'benchmarks') for path in (ROOT / folder).rglob('*')]
+    told = [
+        (path.name, line)
+        for path in texts
+        if path.suffix in ('.rst', '.py', '.html', '.txt') or path.name == 'Dockerfile'
+        for line in path.read_text(encoding='utf-8').splitlines()
+        if re.search(r"""pip3? install[^`]*[ '"]minibatch(?!.* @ git\+)""", line)
+    ]
+    assert told == []
+
+
+def test_the_version_is_that_of_the_first_heading_of_the_changes():
+    config = configparser.ConfigParser()
+    config.read(ROOT / 'setup.cfg', encoding='utf-8')
+    heading = (ROOT / 'CHANGELOG.rst').read_text(encoding='utf-8').splitlines()[3]
+    assert heading.split()[0] == config['metadata']['version']
+
+
 def test_every_file_of_contrib_has_an_extra_of_its_name():
     needed = {module.split('.')[1] for module in MODULES if module.startswith('contrib.')}
     assert needed <= set(read_extras())

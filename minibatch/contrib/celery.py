@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from minibatch import Stream
 from minibatch.abc import SourceMessage
-from minibatch.errors import ArgumentError, CancelledError, MinibatchError
+from minibatch.errors import ArgumentError, CancelledError, MinibatchError, install_hint
 
 try:
     from amqp.exceptions import FrameSyntaxError
@@ -26,7 +26,7 @@ try:
     from kombu.message import Message
     from kombu.transport import virtual
 except ImportError as exc:
-    raise ImportError('CeleryEventSource needs Celery: pip install minibatch[celery]') from exc
+    raise ImportError(f'CeleryEventSource needs Celery: {install_hint("celery")}') from exc
 
 logger = logging.getLogger(__name__)
 

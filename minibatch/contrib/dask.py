@@ -30,14 +30,14 @@ from typing import Any, cast
 import cloudpickle
 
 from minibatch.abc import Completion, RemoteTask
-from minibatch.errors import ArgumentError, PortabilityError, UnknownFunctionError
+from minibatch.errors import ArgumentError, PortabilityError, UnknownFunctionError, install_hint
 
 try:
     from dask.distributed import Client, Scheduler
     from distributed.scheduler import KilledWorker
     from tornado.ioloop import IOLoop
 except ImportError as exc:
-    raise ImportError('the executor for Dask needs the package distributed: pip install minibatch[dask]') from exc
+    raise ImportError(f'the executor for Dask needs the package distributed: {install_hint("dask")}') from exc
 
 logger = logging.getLogger(__name__)
 

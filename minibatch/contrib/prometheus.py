@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from minibatch.errors import install_hint
+
 try:
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
     from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 except ImportError:
     raise ImportError(
-        'minibatch.contrib.prometheus needs prometheus_client: pip install minibatch[prometheus]'
+        f'minibatch.contrib.prometheus needs prometheus_client: {install_hint("prometheus")}'
     ) from None
 
 import minibatch as mb

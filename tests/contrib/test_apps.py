@@ -726,4 +726,4 @@ def test_metrics_without_prometheus_client_say_what_to_install(client, monkeypat
     monkeypatch.setitem(sys.modules, 'prometheus_client', None)
     monkeypatch.delitem(sys.modules, 'minibatch.contrib.prometheus')
     answer = client.get('/metrics')
-    assert (answer.status_code, 'pip install minibatch[prometheus]' in answer.json['error']) == (501, True)
+    assert (answer.status_code, "pip install '.[prometheus]'" in answer.json['error']) == (501, True)

@@ -507,4 +507,4 @@ def test_a_broker_that_refuses_the_password_is_reported_without_it(redis, stream
 def test_without_celery_the_import_says_what_to_install():
     program = 'import sys; sys.modules["celery"] = None; import minibatch.contrib.celery'
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=False)
-    assert 'pip install minibatch[celery]' in done.stderr
+    assert "pip install '.[celery]'" in done.stderr

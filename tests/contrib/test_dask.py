@@ -140,7 +140,7 @@ def test_a_scheduler_that_is_not_there_is_an_error_with_its_address(stream, monk
 def test_without_distributed_it_says_what_to_install():
     program = "import sys; sys.modules['dask'] = None; import minibatch.contrib.dask"
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
-    assert 'pip install minibatch[dask]' in done.stderr
+    assert "pip install '.[dask]'" in done.stderr
 
 
 # --- what goes where

@@ -31,13 +31,14 @@ from contextlib import contextmanager
 from typing import Any, cast
 from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
+from minibatch.errors import ArgumentError, install_hint
+
 try:
     from flask import Blueprint, Flask
 except ImportError:
-    raise ImportError('minibatch.contrib.apps needs Flask: pip install minibatch[apps]') from None
+    raise ImportError(f'minibatch.contrib.apps needs Flask: {install_hint("apps")}') from None
 
 from minibatch.connection import Target, target
-from minibatch.errors import ArgumentError
 
 from .asked import NameConverter
 from .security import HOW_TO, Guard, Refused

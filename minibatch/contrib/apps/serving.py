@@ -6,7 +6,7 @@ import socket
 import threading
 from typing import Any
 
-from minibatch.errors import ArgumentError, MinibatchError
+from minibatch.errors import ArgumentError, MinibatchError, install_hint
 
 TICK = 1.0
 THREADS = 8
@@ -32,7 +32,7 @@ class Server:
             from waitress import wasyncore
             from waitress.server import create_server
         except ImportError:
-            raise MinibatchError('the app serves with waitress: pip install minibatch[apps]') from None
+            raise MinibatchError(f'the app serves with waitress: {install_hint("apps")}') from None
         self._loop, self._close_all = wasyncore.loop, wasyncore.close_all
         self._map: dict[int, Any] = {}
         listener = _listen(host, port)
