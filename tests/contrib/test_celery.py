@@ -296,13 +296,12 @@ def test_a_message_of_rabbitmq_whose_properties_cannot_be_decoded_is_a_dead_lett
     attach(rabbitmq)
     app = rabbitmq.app()
     with app.connection_for_write() as connection, connection.channel() as channel:
-        for options in {'content_encoding': b'\xff'}, {'application_headers': {b'\xff': 1}}:
-            message = amqp.Message(b'{"broken": true}', content_type='application/json', **options)
-            channel.basic_publish(message, 'celeryev', 'task.multi')
+        message = amqp.Message(b'{"broken": true}', content_type='application/json', content_encoding=b'\xff')
+        channel.basic_publish(message, 'celeryev', 'task.multi')
     publish(app, succeeded(1))
     arrived(db, 1)
-    letters = arrived(db, 2, 'tasks.dead_letters')
-    assert [letter['data'] for letter in letters] == ['{"broken": true}'] * 2
+    letter, = arrived(db, 1, 'tasks.dead_letters')
+    assert letter['data'] == '{"broken": true}'
 
 
 def test_what_is_no_message_of_celery_at_all_does_not_stop_the_source(redis, attach, db, caplog):
