@@ -26,6 +26,7 @@ from . import clock, connection, ledger, settings, store
 from .abc import SourceMessage
 from .backlog import Limits, Room, count_backlog
 from .connection import Target, is_passing, reason_of
+from .encoding import MAX_MESSAGE_BYTES, encode_both, to_bson
 from .errors import (
     ArgumentError,
     CancelledError,
@@ -35,7 +36,7 @@ from .errors import (
     ServerError,
     UnreachableError,
 )
-from .producer import INSERT_BYTES, MAX_MESSAGE_BYTES, RENEWED, cuts, encode_both, new_id, tell, to_bson
+from .producer import INSERT_BYTES, RENEWED, cuts, new_id, tell
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,8 @@ import os
 import secrets
 import threading
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import datetime
@@ -25,9 +24,6 @@ from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import bson
-from bson import Decimal128, Int64, ObjectId
-from bson.binary import UuidRepresentation
-from bson.codec_options import DatetimeConversion
 from bson.raw_bson import RawBSONDocument
 from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
@@ -35,6 +31,7 @@ from pymongo.errors import PyMongoError
 from . import clock, connection, store
 from .backlog import TIMEOUT, Limits, Room, count_backlog
 from .connection import Target, is_passing, masked, reason_of
+from .encoding import encode, encode_both
 from .errors import (
     BacklogFullError,
     DataError,
@@ -51,13 +48,6 @@ RECORD_MESSAGES = 1000
 RECORD_BYTES = 1 << 20
 INSERT_BYTES = 16 << 20
 CHECKED_BYTES = 64 << 20
-MAX_MESSAGE_BYTES = (16 << 20) - 8192
-MAX_DEPTH = 170
-CODEC: Any = bson.CodecOptions(
-    uuid_representation=UuidRepresentation.STANDARD, datetime_conversion=DatetimeConversion.DATETIME_AUTO
-)
-# What is of these types is read back for certain; what is bytes already, such as a RawBSONDocument, may not be.
-SAFE = {str, int, float, bool, type(None), bytes, datetime, uuid.UUID, ObjectId, Int64, Decimal128}
 RETRY_PAUSES = (0.1, 1.0)
 ROOM_PAUSES = (0.05, 0.5)
 THREAD_IDLE = 1.0
@@ -569,65 +559,6 @@ def flush_all() -> None:
             logger.error('messages of %r were not written: %s', producer.stream, exc)
 
 
-def encode(data: Any) -> bytes:
-    """The message as MongoDB stores it.
-
-    Raises:
-        DataError: naming the key, if it is not a mapping or cannot be stored.
-    """
-    if type(data) is not dict and not isinstance(data, Mapping):
-        raise DataError(f'data must be a mapping such as a dict, not {type(data).__name__}')
-    try:
-        raw = to_bson(data)
-    except Exception as exc:
-        path, reason = _culprit(data, exc)
-        raise DataError(f'MongoDB cannot store data{path}: {reason}') from None
-    size = len(raw)
-    if size > MAX_MESSAGE_BYTES:
-        key = max(data, key=lambda name: len(bson.encode({name: data[name]}, codec_options=CODEC)))
-        raise DataError(
-            f'the message has {size:,} bytes, MongoDB stores at most {MAX_MESSAGE_BYTES:,}; '
-            f'the largest value is data[{key!r}]'
-        )
-    # Cheap first: every level of nesting takes 7 bytes, one of which is 3 or 4.
-    if size > 7 * MAX_DEPTH and raw.count(b'\x03') + raw.count(b'\x04') > MAX_DEPTH and _is_deeper(data, MAX_DEPTH):
-        raise DataError(f'data is nested more than {MAX_DEPTH} levels deep')
-    if b'$ref\x00' in raw and (path := _find_key(data, '$ref')):
-        raise DataError(f'data{path} has the key $ref, which MongoDB reads back as a reference; rename it')
-    return raw
-
-
-def encode_both(data: Any, meta: Any) -> tuple[bytes, RawBSONDocument | None]:
-    """A message and what is said about it; see `encode` and `encode_meta`.
-
-    Raises:
-        DataError: also if they are too large together.
-    """
-    raw = encode(data)
-    if meta is None:
-        return raw, None
-    frozen = encode_meta(meta)
-    size = len(raw) + (0 if frozen is None else len(frozen.raw))
-    if size > MAX_MESSAGE_BYTES:
-        raise DataError(f'data and meta have {size:,} bytes together, MongoDB stores at most {MAX_MESSAGE_BYTES:,}')
-    return raw, frozen
-
-
-def encode_meta(meta: Any) -> RawBSONDocument | None:
-    """What is said about a message, as it is now.
-
-    Raises:
-        DataError: if it cannot be stored.
-    """
-    if meta is None:
-        return None
-    try:
-        return RawBSONDocument(to_bson({'meta': meta}))
-    except Exception as exc:
-        path, reason = _culprit(meta, exc)
-        raise DataError(f'MongoDB cannot store meta{path}: {reason}') from None
-
-
 def _checked(items: Iterable[Any]) -> Iterator[list[bytes]]:
     """Encode all messages before any is written, as long as they fit into memory comfortably."""
     datas: list[bytes] = []
@@ -661,71 +592,6 @@ def cuts(
         end, size = i + 1, size + length
     if end > start:
         yield start, end, size
-
-
-def to_bson(value: Any) -> bytes:
-    """A document as bytes; raises if it could be stored, but not read any more."""
-    raw = bson.encode(value, codec_options=CODEC)
-    if type(value) is dict and SAFE.issuperset(map(type, value.values())):  # most are, and soonest seen so
-        return raw
-    if type(value) is not dict or not _is_safe(value.values()):
-        bson.decode(raw, CODEC)
-    return raw
-
-
-def _is_safe(values: Iterable[Any]) -> bool:
-    """Whether all these values, at any depth, are of types that are read back for certain."""
-    if SAFE.issuperset(map(type, values)):
-        return True
-    for value in values:
-        kind = type(value)
-        inner = value.values() if kind is dict else value if kind is list or kind is tuple else None
-        if not (kind in SAFE if inner is None else _is_safe(inner)):
-            return False
-    return True
-
-
-def _culprit(value: Any, exc: Exception, path: str = '') -> tuple[str, str]:
-    if isinstance(value, RawBSONDocument):
-        return path, str(exc)
-    children: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                return path, f'its key {key!r} is not a string'
-            if '\0' in key:
-                return path, f'its key {key!r} contains a NUL'
-        children = value.items()
-    elif isinstance(value, (list, tuple)):
-        children = enumerate(value)
-    for key, child in children:
-        try:
-            to_bson({'value': child})
-        except RecursionError:
-            return f'{path}[{key!r}]', 'it is nested too deeply, or contains itself'
-        except Exception as inner:
-            return _culprit(child, inner, f'{path}[{key!r}]')
-    return path, str(exc)
-
-
-def _is_deeper(value: Any, most: int) -> bool:
-    children: Iterable[Any] = ()
-    if isinstance(value, Mapping):
-        children = value.values()
-    elif isinstance(value, (list, tuple)):
-        children = value
-    return most < 0 or any(_is_deeper(child, most - 1) for child in children)
-
-
-def _find_key(value: Any, wanted: str, path: str = '') -> str:
-    children: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        if wanted in value:
-            return path or ' itself'
-        children = value.items()
-    elif isinstance(value, (list, tuple)):
-        children = enumerate(value)
-    return next((found for key, child in children if (found := _find_key(child, wanted, f'{path}[{key!r}]'))), '')
 
 
 def _forget_inherited_producers() -> None:

@@ -22,12 +22,12 @@ from bson.raw_bson import RawBSONDocument
 from . import api, functions, kinds, store
 from .clock import aware, from_ms, now
 from .emitter import WindowEmitter
+from .encoding import encode
 from .errors import ArgumentError, DataError
 from .executors import InlineExecutor
 from .fields import BadMessage, time_of
 from .messages import Message, MessageWindow, window_of
 from .models import Stream, check_options
-from .producer import encode
 from .progress import Claim, Log, Progress, WindowPlan
 from .store import Span
 from .worker import shown

@@ -8,9 +8,9 @@ from servers import eventually
 
 import minibatch as mb
 from minibatch import clock, dead, groups, lease, ledger, store
+from minibatch.encoding import encode
 from minibatch.errors import ArgumentError, GroupBusyError, LeaseLostError
 from minibatch.groups import DeadLetters
-from minibatch.producer import encode
 from minibatch.store import Span
 from minibatch.testing import InlineExecutor
 

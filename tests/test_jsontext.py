@@ -11,7 +11,7 @@ from minibatch.cli import reading
 from minibatch.contrib.apps import bodies
 from minibatch.contrib.kafka import KafkaSource
 from minibatch.contrib.mqtt.source import PAYLOADS
-from minibatch.producer import encode
+from minibatch.encoding import encode
 
 ENTRANCES = {
     'the command line': reading._load,

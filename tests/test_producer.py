@@ -15,8 +15,9 @@ from servers import Mongod, Proxy, eventually
 
 import minibatch as mb
 from minibatch import producer
+from minibatch.encoding import encode, encode_both, encode_meta
 from minibatch.errors import DataError, ServerError, UnconfirmedError, UnreachableError
-from minibatch.producer import RECORD_BYTES, RECORD_MESSAGES, encode, encode_both, encode_meta
+from minibatch.producer import RECORD_BYTES, RECORD_MESSAGES
 
 OUT_OF_DISK_SPACE = 14031
 UNAUTHORIZED = 13

@@ -21,8 +21,8 @@ PACKAGE = ROOT / 'minibatch'
 # Imports point from a higher level to the same or a lower one. '' is the package itself, __init__.py.
 LEVELS = {
     0: {'errors', 'abc', 'clock', 'jsontext', 'signals', 'text'},
-    1: {'connection', 'embedded', 'unreadable', 'store', 'ledger', 'dead', 'fields', 'functions', 'marshaller',
-        'metrics'},
+    1: {'connection', 'embedded', 'encoding', 'unreadable', 'store', 'ledger', 'dead', 'fields', 'functions',
+        'marshaller', 'metrics'},
     2: {'backlog', 'settings', 'lease', 'messages', 'models', 'groups', 'producer', 'named',
         'attached', 'tail'},
     3: {'assign', 'away', 'edges', 'emitter', 'kinds', 'progress', 'retention', 'stall', 'wakeup', 'window', 'consumer',

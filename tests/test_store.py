@@ -8,7 +8,7 @@ from pymongo.errors import BulkWriteError
 
 from minibatch import clock, store
 from minibatch.connection import Target
-from minibatch.producer import encode, encode_meta
+from minibatch.encoding import encode, encode_meta
 from minibatch.store import Span
 
 

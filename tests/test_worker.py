@@ -19,11 +19,11 @@ import minibatch as mb
 from minibatch import clock, connection, functions, ledger, producer, store
 from minibatch.backlog import Limits
 from minibatch.connection import Target
+from minibatch.encoding import encode
 from minibatch.errors import WorkersError
 from minibatch.executors import InlineExecutor
 from minibatch.marshaller import Portable
 from minibatch.models import Window
-from minibatch.producer import encode
 from minibatch.store import Span
 from minibatch.testing import ListSink
 from minibatch.worker import Pool, Task, Work

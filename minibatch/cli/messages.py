@@ -181,7 +181,7 @@ class Appending:
 
 def _storable(messages: list[dict[str, Any]]) -> tuple[int, str]:
     """How many messages there are before one that MongoDB cannot store, and why it cannot."""
-    from ..producer import encode
+    from ..encoding import encode
 
     for number, message in enumerate(messages):
         try:
