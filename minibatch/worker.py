@@ -149,7 +149,9 @@ def _above_us(text: str) -> str:
     threads = [thread.rpartition('first):\n')[2] for thread in text.rstrip().split('\n\n')]
     found = threads[-1]
     if _WAITS.search(found):
-        found = next((thread for thread in threads if _CALLED.search(thread) and thread is not found), found)
+        found = next((thread for thread in threads[:-1] if _CALLED.search(thread)), '')
+    if not found:
+        return 'It waited in an await, of which there is no traceback'
     frames = found.splitlines()
     theirs = list(takewhile(lambda line: not _CALLED.search(line), frames))
     return '\n'.join(['Most recent call first:', *(theirs or frames)])

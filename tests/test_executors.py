@@ -15,7 +15,7 @@ import minibatch as mb
 from minibatch import executors
 from minibatch.contracts import ExecutorContract
 from minibatch.errors import ArgumentError, PortabilityError
-from minibatch.executors import InlineExecutor
+from minibatch.executors import InlineExecutor, Threads
 from minibatch.testing import ListSink
 from minibatch.worker import Pool
 
@@ -47,6 +47,13 @@ class TestThreads(Suite):
 
     def make(self):
         return ThreadPoolExecutor(2)
+
+
+class TestOwnThreads(Suite):
+    remote = False
+
+    def make(self):
+        return Threads(2)
 
 
 class TestProcesses(Suite):

@@ -456,6 +456,16 @@ def test_an_async_function_that_takes_too_long_is_ended_and_it_is_told_where(str
     assert 'in holds' in dead.traceback
 
 
+def test_an_async_function_that_waits_for_too_long_is_ended_too(stream):
+    async def waits(window):
+        await asyncio.sleep(3600 if window.data[0]['v'] == 0 else 0)
+        return 'fine'
+
+    got = consumed(stream, waits, 2, executor='processes', timeout=1, max_attempts=1)
+    assert got == (['fine'], ['TimeoutError: the function did not return within timeout=1 s'])
+    assert 'await' in stream.dead_letters()[0].traceback
+
+
 # --- sources
 
 
