@@ -84,3 +84,15 @@ def test_output_on_a_full_disk_is_an_error_in_one_line(words):
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr.count('\n')) == (1, 1)
     assert 'No space left on device' in done.stderr
+
+
+@pytest.mark.parametrize('words', [
+    'dead show {}', 'dead list s --group {}', 'dead discard {} --yes', 'dead replay --all s --group {}', 'tail {}',
+    'groups reset s {} --to latest --yes', 'groups delete s {} --yes', 'lag {}', 'append {}', 'streams --url {}',
+])  # fmt: skip
+def test_an_argument_that_is_no_text_is_an_error_in_one_line(url, monkeypatch, words):
+    mb.stream('s', url=url)
+    monkeypatch.setenv('MINIBATCH_MONGO_URL', url)
+    result = CliRunner().invoke(main, words.format('\udcff').split())
+    assert (result.exit_code, result.stderr.count('\n')) == (1, 1)
+    assert result.stderr.startswith('error: ')

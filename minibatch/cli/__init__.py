@@ -49,6 +49,9 @@ class _Main(click.Group):
             lines = masked_text(f'error: {kind}{said}').splitlines()
             click.echo('\n'.join(map(plain, lines)), err=True)
             ctx.exit(1)
+        except UnicodeEncodeError:
+            click.echo('error: an argument is no text in the encoding of this locale, see LANG and LC_ALL', err=True)
+            ctx.exit(1)
         except click.UsageError as exc:
             said = exc.format_message()
             if (masked := masked_text(said)) != said:
