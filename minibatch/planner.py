@@ -41,6 +41,9 @@ TICK = 0.1
 LOOK_PAUSES = 0.002, 1.0
 REPLAY_PAUSE = 1.0
 LOOK_PAUSE_UNTOLD = 0.05
+MANY = 100  # producers; what goes through all of them, in vain, is done again only after so many times as long:
+PAUSES_PER_LOOK = 100.0, 20.0  # told of appends, and untold
+PAUSES_PER_PLAN = 100.0
 LOOK_PAUSE_BUSY = 0.01
 ADOPTION_PAUSE = 1.0
 LISTEN_RATE = 1000.0
@@ -78,6 +81,8 @@ class Planner:
         self._begun: set[str] = set()  # producers whose next message is known to be stored
         self._in_flight: dict[int, tuple[Task, Any]] = {}  # and its completion
         self._dispatched: set[int] = set()
+        self._plan_at = 0.0  # when to plan again, unless there is something new
+        self._new = self._unfollowed = True  # for the next plan; and for what follows the commits
         self._look_at = self._adopt_at = self._replay_at = 0.0
         self._look_pause = LOOK_PAUSES[0]
         self._listening = False
@@ -232,10 +237,13 @@ class Planner:
         self._hear()
         now = self.log.looked if self._at_end else self.lease.now()
         due = self._next_due()
-        if not self._at_end and (time.monotonic() >= self._look_at or (due is not None and now >= due)):
+        is_due = due is not None and now >= due
+        if not self._at_end and (time.monotonic() >= self._look_at or is_due):
             self._look(now)  # after `now`: what was stored before a window closes must be seen
         self._take_replays()
-        planned = self._plan(now)
+        self._new = self._new or collected or is_due or self._at_end
+        self._unfollowed = self._unfollowed or self._new
+        planned = self._plan_anew(now)
         dispatched = self._dispatch()
         self._follow()
         return collected or planned or dispatched
@@ -295,6 +303,7 @@ class Planner:
                 self._look_at, self._look_pause = 0.0, LOOK_PAUSES[0]
             else:
                 self.log.ends[producer] = max(known, offset + record.get('n', 1))
+                self._new = True
 
     # --- recover
 
@@ -380,20 +389,31 @@ class Planner:
         if time.monotonic() >= self._adopt_at and not self.emitter.picks:
             self._adoption.run()
             self._adopt_at = time.monotonic() + ADOPTION_PAUSE
-        before, ends = self.log.ends, store.log_ends(db, self.name)
+        begun, before, ends = time.monotonic(), self.log.ends, store.log_ends(db, self.name)
         self.log.ends, self.log.looked = ends, now
-        for producer, end in ends.items():
-            if producer not in self._begun:
-                self.check_stop()
-                self._begun.add(producer)
-                planned = self.progress.planned.get(producer, 0)
-                first = store.first_kept(db, self.name, producer, planned) if planned < end else None
-                if first is not None:
-                    self._skip_to(producer, first)
+        took = time.monotonic() - begun
+        self._begin([producer for producer in ends if producer not in self._begun])
         if len(self.progress.planned) > 2 * len(ends) + 100:
             self.progress.forget(ends)
             self._begun.intersection_update(ends)
-        self._look_at = time.monotonic() + self._pause_after_look(news=ends != before)
+        self._new = self._new or ends != before
+        pause, many = self._pause_after_look(news=ends != before), len(ends) > MANY and ends == before
+        told = not self.emitter.wakes_on_append or self._is_told
+        self._look_at = time.monotonic() + max(pause, took * PAUSES_PER_LOOK[not told] if many else 0.0)
+
+    def _begin(self, producers: list[str]) -> None:
+        """Leave out what is no longer stored of producers that were not looked at yet."""
+        db, planned, ends = self.target.majority, self.progress.planned, self.log.ends
+        starts = store.log_starts(db, self.name) if len(producers) > MANY else {}
+        for producer in producers:
+            self.check_stop()
+            self._begun.add(producer)
+            at = planned.get(producer, 0)
+            first = starts.get(producer)
+            if first is None and at < ends[producer]:
+                first = store.first_kept(db, self.name, producer, at)
+            if first is not None and at < ends[producer]:
+                self._skip_to(producer, max(first, at))
 
     def _skip_to(self, producer: str, first: int) -> None:
         if first > self.progress.planned.get(producer, 0):  # what was before it is deleted, or not to be seen yet
@@ -423,11 +443,28 @@ class Planner:
         """Short while messages come, growing while none do, up to what the change stream allows."""
         if not self.emitter.wakes_on_append:
             return LOOK_PAUSES[1]  # it looks when a window is due
-        if self._listening and listener(self.target).is_open:
+        if self._is_told:
             self._look_pause = min(self._look_pause * 2, LOOK_PAUSES[1])
             return self._look_pause
         self._look_pause = LOOK_PAUSES[0] if news else min(self._look_pause * 2, LOOK_PAUSE_UNTOLD)
         return LOOK_PAUSE_BUSY if self._in_flight else self._look_pause
+
+    @property
+    def _is_told(self) -> bool:
+        """Whether the change stream tells of what is appended."""
+        return self._listening and listener(self.target).is_open
+
+    def _plan_anew(self, now: datetime) -> bool:
+        """Plan, but with many producers not again and again in vain; returns what `_plan` does."""
+        if not self._new and time.monotonic() < self._plan_at:
+            return False
+        begun = time.monotonic()
+        planned = self._plan(now)
+        many = len(self.log.ends) > MANY and not self.emitter.picks
+        took = time.monotonic() - begun if many else 0.0
+        self._new = planned
+        self._plan_at = time.monotonic() + took * PAUSES_PER_PLAN
+        return planned
 
     def _plan(self, now: datetime) -> bool:
         """Claim the windows that are due, as many as are needed to keep the executor busy; returns whether there were
@@ -652,10 +689,11 @@ class Planner:
         if self.emitter.picks:
             self.follower.follow({}, self.progress.number, self.progress.marks, wait)
             return
-        if wait != 0 or self.follower.is_due():
-            moved = self.progress.moved()
+        if wait != 0 or (self._unfollowed and self.follower.is_due()):
+            moved, number = self.progress.moved(), self.progress.number
             self.progress.written(moved)
             self.follower.follow(moved, self.progress.number, self.progress.marks, wait)
+            self._unfollowed = bool(moved) or self.progress.number != number
 
 
 def _extend(reach: dict[str, tuple[int, int]], claim: Claim) -> int:

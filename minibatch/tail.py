@@ -13,6 +13,7 @@ from .store import Span
 
 PAUSE = 0.2
 QUIET = 1.0
+PAUSES_PER_LOOK = 20.0  # so that many producers do not keep it busy
 CHUNK = 1000
 
 
@@ -28,7 +29,8 @@ def tail(target: Target, stream: str, last: int, follow: bool) -> Iterator[Messa
         yield from newest
     quiet = time.monotonic()
     while follow:
-        found = store.log_ends(db, stream)
+        begun, found = time.monotonic(), store.log_ends(db, stream)
+        took = time.monotonic() - begun
         if found.keys() - ends.keys():
             ends = {**store.log_starts(db, stream), **ends}
         chunk = max(CHUNK // max(len(found), 1), 1)  # so that a flood is read in pieces
@@ -44,7 +46,7 @@ def tail(target: Target, stream: str, last: int, follow: bool) -> Iterator[Messa
             if not messages:
                 yield None
         if not spans:
-            time.sleep(PAUSE)
+            time.sleep(max(PAUSE, min(took * PAUSES_PER_LOOK, QUIET)))
 
 
 def _messages(target: Target, stream: str, spans: list[Span]) -> list[Message]:
