@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
@@ -25,9 +25,9 @@ import pymongo
 from pymongo import MongoClient, ReadPreference, WriteConcern, common
 from pymongo.database import Database
 from pymongo.errors import (
-    AutoReconnect,
     BulkWriteError,
     ConfigurationError,
+    ConnectionFailure,
     InvalidURI,
     OperationFailure,
     PyMongoError,
@@ -151,6 +151,14 @@ class Target:
     def majority(self) -> Database[dict[str, Any]]:
         """For bookkeeping (groups, positions, windows): written and read at majority, whatever the URL says."""
         return self._database(majority=True)
+
+    @property
+    def waiting(self) -> Database[dict[str, Any]]:
+        """As `majority`, for what holds its connection for long: of a pool that has a limit it takes none."""
+        if 'maxpoolsize' not in _given(self.url, dict(self.options)):
+            return self.majority
+        options = {name: value for name, value in self.options if name.lower() not in ('maxpoolsize', 'minpoolsize')}
+        return replace(self, options=_hashable({**options, 'maxPoolSize': 0, 'minPoolSize': 0})).majority
 
     def _database(self, majority: bool) -> Database[dict[str, Any]]:
         key = self, majority
@@ -437,7 +445,7 @@ def is_passing(exc: PyMongoError) -> bool:
         return True
     code = exc.code if isinstance(exc, OperationFailure) else None
     labelled = exc.timeout or exc.has_error_label('RetryableWriteError')
-    return labelled or isinstance(exc, (AutoReconnect, WriteConcernError)) or code in PASSING_CODES
+    return labelled or isinstance(exc, (ConnectionFailure, WriteConcernError)) or code in PASSING_CODES
 
 
 class _WaitEnded(ServerSelectionTimeoutError):

@@ -74,7 +74,7 @@ class Listener:
                 self.is_open = False
 
     def _listen(self) -> None:
-        with store.watch_inserts(self._target.majority, MAX_WAIT) as events:
+        with store.watch_inserts(self._target.waiting, MAX_WAIT) as events:
             self.is_open = True
             for _, call in list(self._calls.values()):
                 call({})

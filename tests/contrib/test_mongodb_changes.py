@@ -11,6 +11,7 @@ import pytest
 from bringing import await_numbers, brought, messages, numbers, running
 from bson import ObjectId
 from processes import SEED
+from pymongo import MongoClient
 from pymongo.errors import OperationFailure
 from servers import Mongod, eventually
 
@@ -149,6 +150,11 @@ def test_it_starts_just_behind_a_time_of_the_server(mongod, url, db, things):
     with running(source, url):
         things.insert_one({'i': 2})
         await_numbers(db, [1, 2])
+
+
+def test_a_client_whose_only_connection_the_change_stream_would_hold_is_refused(url):
+    with MongoClient(url + '&maxPoolSize=1') as client, pytest.raises(ArgumentError, match='maxPoolSize=1'):
+        MongoReplicasetSource(client.db.things)
 
 
 def test_a_standalone_is_told_to_use_the_other_source(standalone, standalone_url):

@@ -143,6 +143,11 @@ class MongoReplicasetSource(Anchored):
     ) -> None:
         self.collection = collection
         self._documents = raw_collection(collection)
+        if collection.database.client.options.pool_options.max_pool_size == 1:
+            raise ArgumentError(
+                'the client of the collection has maxPoolSize=1, and the change stream would hold its only connection; '
+                'give it 2 or more'
+            )
         self._size = check_size(size)
         for option, value in (('updates', updates), ('deletes', deletes)):
             if not isinstance(value, bool):
