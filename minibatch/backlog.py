@@ -149,5 +149,24 @@ class Room:
             if time.monotonic() >= deadline or exc.timeout:
                 raise UnreachableError(reason_of(exc)) from exc
             # the append itself will find out what is wrong
-            logger.warning('the backlog could not be counted, trying again: %s', exc)
+            warn(logger, 'the backlog could not be counted, trying again: %s', exc)
         self._counted = time.monotonic()
+
+
+_saying: list[threading.Thread] = []
+
+
+def warn(logger: logging.Logger, text: str, *args: Any) -> None:
+    """Log from a thread of its own, and not at all while the last such warning has not been taken.
+
+    What is logged while others wait for us must not wait for them: a handler of logging that appends may be one of
+    them, and keeps all others from logging meanwhile.
+    """
+    if any(thread.is_alive() for thread in _saying):
+        return
+    thread = threading.Thread(target=logger.warning, args=(text, *args), name='minibatch-log', daemon=True)
+    _saying[:] = [thread]
+    try:
+        thread.start()
+    except RuntimeError:  # at the end of the process
+        logger.warning(text, *args)

@@ -29,7 +29,7 @@ from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 
 from . import clock, connection, store
-from .backlog import TIMEOUT, Limits, Room, count_backlog
+from .backlog import TIMEOUT, Limits, Room, count_backlog, warn
 from .connection import Target, is_passing, masked, reason_of
 from .encoding import encode, encode_both
 from .errors import (
@@ -389,7 +389,7 @@ class Producer:
                 self.gave_up = connection.gives_up(self.target)
                 if not is_passing(exc) or time.monotonic() > deadline or self.gave_up:
                     raise
-                logger.warning('append to %r not confirmed, trying again: %s', self.stream, reason_of(exc))
+                warn(logger, 'append to %r not confirmed, trying again: %s', self.stream, reason_of(exc))
                 time.sleep(max(min(pause, deadline - time.monotonic()), 0))
                 pause = min(pause * 1.5, longest)
             except BaseException:

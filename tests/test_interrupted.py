@@ -17,6 +17,7 @@ from minibatch.abc import SourceMessage
 from minibatch.errors import DataError, ReentranceError
 from minibatch.producer import HowFar, tell
 
+OUT_OF_DISK_SPACE = 14031
 NOT_INTERRUPTED = {HowFar.__exit__.__code__, HowFar.counts.fget.__code__, HowFar.__enter__.__code__, tell.__code__}
 
 
@@ -141,16 +142,16 @@ def test_ctrl_c_at_any_moment_of_an_append_loses_nothing_doubles_nothing_and_say
         assert len(record.get('batch', ['data'])) == record['n'] == len(record.get('times', range(record['n'])))
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def own():
-    """A server that may be stopped."""
-    with Mongod() as server:
+    """A server that may be stopped, and whose inserts can be made to fail."""
+    with Mongod('--setParameter', 'enableTestCommands=1') as server:
         yield server
 
 
 @pytest.mark.integration
 def test_ctrl_c_while_mongodb_does_not_answer_says_what_stays_queued_and_that_is_stored_once(own):
-    stream = mb.stream('s', url=own.url('s'), timeout=60)
+    stream = mb.stream('s', url=own.url('paused'), timeout=60)
     own.pause()
 
     def interrupt():
@@ -165,7 +166,7 @@ def test_ctrl_c_while_mongodb_does_not_answer_says_what_stays_queued_and_that_is
         own.resume()
     assert (caught.value.written, caught.value.queued) == (0, 2)
     stream.flush()
-    assert stored(own.client['s']) == [0, 1]
+    assert stored(own.client['paused']) == [0, 1]
 
 
 # --- handlers that append
@@ -224,6 +225,36 @@ def test_a_logging_handler_that_appends_what_the_append_itself_logs_is_told(url,
         log.setLevel(level)
     assert told
     assert stored(db) == [0]
+
+
+@pytest.mark.integration
+def test_a_logging_handler_that_waits_for_a_thread_which_logs_waits_no_longer_than_mongodb(own):
+    stream = mb.stream('s', url=own.url('logs'), batchsize=2, linger=3600, timeout=3600)
+    fail = {'failCommands': ['insert'], 'errorCode': OUT_OF_DISK_SPACE, 'blockConnection': True, 'blockTimeMS': 500}
+    own.client.admin.command('configureFailPoint', 'failCommand', mode={'times': 2}, data=fail)
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            if record.name == 'test':
+                stream.append({'seq': record.msg})
+
+    def log():
+        for seq in range(4):
+            if seq == 2:
+                eventually(lambda: stream._producer._in_flight)  # in another thread
+            logging.getLogger('test').error(seq)
+
+    root, handler = logging.getLogger(), Handler()
+    root.addHandler(handler)
+    try:
+        logs = threading.Thread(target=log, daemon=True)
+        logs.start()
+        logs.join(20)
+        assert not logs.is_alive()
+    finally:
+        root.removeHandler(handler)
+    stream.flush()
+    assert stored(own.client['logs']) == [0, 1, 2, 3]
 
 
 def test_a_handler_that_comes_while_room_is_counted_is_told(url, db, monkeypatch):
