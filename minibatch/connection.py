@@ -516,7 +516,7 @@ def _connect(url: str, options: dict[str, Any]) -> MongoClient[dict[str, Any]]:
     options |= {name: value for name, value in DEFAULTS.items() if name.lower() not in given}
     try:
         client: MongoClient[dict[str, Any]] = MongoClient(url, **options)
-    except (InvalidURI, ConfigurationError, ValueError, TypeError) as exc:
+    except (InvalidURI, ConfigurationError, ValueError, TypeError, KeyError) as exc:
         raise ArgumentError(f'the URL {masked(url)} is not right: {_without_secrets(exc, url)}') from None
     if not client.write_concern.acknowledged:
         client.close()

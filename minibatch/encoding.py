@@ -13,18 +13,27 @@ from bson.binary import UuidRepresentation
 from bson.codec_options import DatetimeConversion
 from bson.raw_bson import RawBSONDocument
 
+from .connection import Target
 from .errors import DataError
 
 MAX_MESSAGE_BYTES = (16 << 20) - 8192
 MAX_DEPTH = 170
-CODEC: Any = bson.CodecOptions(
+Codec = Any  # bson.CodecOptions
+CODEC: Codec = bson.CodecOptions(
     uuid_representation=UuidRepresentation.STANDARD, datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )
 # What is of these types is read back for certain; what is bytes already, such as a RawBSONDocument, may not be.
 SAFE = {str, int, float, bool, type(None), bytes, datetime, uuid.UUID, ObjectId, Int64, Decimal128}
 
 
-def encode(data: Any) -> bytes:
+def codec_of(target: Target) -> Codec:
+    """How the messages of a database are stored: UUIDs are as its URL says."""
+    if target.is_mock:
+        return CODEC
+    return CODEC.with_options(uuid_representation=target.client.codec_options.uuid_representation)
+
+
+def encode(data: Any, codec: Codec = CODEC) -> bytes:
     """The message as MongoDB stores it.
 
     Raises:
@@ -33,15 +42,15 @@ def encode(data: Any) -> bytes:
     if type(data) is not dict and not isinstance(data, Mapping):
         raise DataError(f'data must be a mapping such as a dict, not {type(data).__name__}')
     try:
-        raw = bson.encode(data, codec_options=CODEC)
+        raw = bson.encode(data, codec_options=codec)
         if type(data) is not dict or not SAFE.issuperset(map(type, data.values())):  # most are; cheap first
-            _read_back(data, raw)
+            _read_back(data, raw, codec)
     except Exception as exc:
-        path, reason = _culprit(data, exc)
+        path, reason = _culprit(data, exc, codec)
         raise DataError(f'MongoDB cannot store data{path}: {reason}') from None
     size = len(raw)
     if size > MAX_MESSAGE_BYTES:
-        key = max(data, key=lambda name: len(bson.encode({name: data[name]}, codec_options=CODEC)))
+        key = max(data, key=lambda name: len(bson.encode({name: data[name]}, codec_options=codec)))
         raise DataError(
             f'the message has {size:,} bytes, MongoDB stores at most {MAX_MESSAGE_BYTES:,}; '
             f'the largest value is data[{key!r}]'
@@ -54,23 +63,23 @@ def encode(data: Any) -> bytes:
     return raw
 
 
-def encode_both(data: Any, meta: Any) -> tuple[bytes, RawBSONDocument | None]:
+def encode_both(data: Any, meta: Any, codec: Codec = CODEC) -> tuple[bytes, RawBSONDocument | None]:
     """A message and what is said about it; see `encode` and `encode_meta`.
 
     Raises:
         DataError: also if they are too large together.
     """
-    raw = encode(data)
+    raw = encode(data, codec)
     if meta is None:
         return raw, None
-    frozen = encode_meta(meta)
+    frozen = encode_meta(meta, codec)
     size = len(raw) + (0 if frozen is None else len(frozen.raw))
     if size > MAX_MESSAGE_BYTES:
         raise DataError(f'data and meta have {size:,} bytes together, MongoDB stores at most {MAX_MESSAGE_BYTES:,}')
     return raw, frozen
 
 
-def encode_meta(meta: Any) -> RawBSONDocument | None:
+def encode_meta(meta: Any, codec: Codec = CODEC) -> RawBSONDocument | None:
     """What is said about a message, as it is now.
 
     Raises:
@@ -79,23 +88,23 @@ def encode_meta(meta: Any) -> RawBSONDocument | None:
     if meta is None:
         return None
     try:
-        return RawBSONDocument(to_bson({'meta': meta}))
+        return RawBSONDocument(to_bson({'meta': meta}, codec))
     except Exception as exc:
-        path, reason = _culprit(meta, exc)
+        path, reason = _culprit(meta, exc, codec)
         raise DataError(f'MongoDB cannot store meta{path}: {reason}') from None
 
 
-def to_bson(value: Any) -> bytes:
+def to_bson(value: Any, codec: Codec = CODEC) -> bytes:
     """A document as bytes; raises if it could not be stored, or not be read any more."""
-    raw = bson.encode(value, codec_options=CODEC)
-    _read_back(value, raw)
+    raw = bson.encode(value, codec_options=codec)
+    _read_back(value, raw, codec)
     return raw
 
 
-def _read_back(value: Any, raw: bytes) -> None:
+def _read_back(value: Any, raw: bytes, codec: Codec) -> None:
     """Raise if it could be stored, but not read any more: that would hold up all who read the stream."""
     if type(value) is not dict or not _is_safe(value.values()):
-        bson.decode(raw, CODEC)
+        bson.decode(raw, codec)
 
 
 def _is_safe(values: Iterable[Any]) -> bool:
@@ -110,7 +119,7 @@ def _is_safe(values: Iterable[Any]) -> bool:
     return True
 
 
-def _culprit(value: Any, exc: Exception, path: str = '') -> tuple[str, str]:
+def _culprit(value: Any, exc: Exception, codec: Codec, path: str = '') -> tuple[str, str]:
     if isinstance(value, RawBSONDocument):
         return path, str(exc)
     children: Iterable[tuple[Any, Any]] = ()
@@ -125,11 +134,11 @@ def _culprit(value: Any, exc: Exception, path: str = '') -> tuple[str, str]:
         children = enumerate(value)
     for key, child in children:
         try:
-            to_bson({'value': child})
+            to_bson({'value': child}, codec)
         except RecursionError:
             return f'{path}[{key!r}]', 'it is nested too deeply, or contains itself'
         except Exception as inner:
-            return _culprit(child, inner, f'{path}[{key!r}]')
+            return _culprit(child, inner, codec, f'{path}[{key!r}]')
     return path, str(exc)
 
 

@@ -26,7 +26,7 @@ from . import clock, connection, ledger, settings, store
 from .abc import SourceMessage
 from .backlog import Limits, Room, count_backlog
 from .connection import Target, is_passing, reason_of
-from .encoding import MAX_MESSAGE_BYTES, encode_both, to_bson
+from .encoding import CODEC, MAX_MESSAGE_BYTES, Codec, codec_of, encode_both, to_bson
 from .errors import (
     ArgumentError,
     CancelledError,
@@ -68,7 +68,7 @@ class NamedProducer:
         self.id = new_id() if name is None else store.producer_id(name)
         self._named = name is not None
         self._target, self._stream, self._name = target, stream, name
-        self._limits, self._cancelled = limits, cancelled
+        self._limits, self._cancelled, self._codec = limits, cancelled, codec_of(target)
         self._room = Room(lambda enough: count_backlog(target.majority, stream, enough))
         self._dead_letters: NamedProducer | None = None
         self._rejected = _Said()
@@ -109,7 +109,7 @@ class NamedProducer:
                 try:
                     if message.error:
                         raise DataError(message.error)
-                    good.append(_encoded(message.data, message.meta, message.token))
+                    good.append(_encoded(message.data, message.meta, message.token, self._codec))
                 except DataError as exc:
                     bad.append(message._replace(error=str(exc)))
             self._be_sure()
@@ -321,9 +321,9 @@ def _dead_letter(message: SourceMessage) -> _Encoded:
     return _encoded(as_text, _text(message.meta), message.token)
 
 
-def _encoded(data: Any, meta: Any, token: Any) -> _Encoded:
+def _encoded(data: Any, meta: Any, token: Any, codec: Codec = CODEC) -> _Encoded:
     """A message with its token; DataError if they cannot be stored together."""
-    raw, frozen = encode_both(data, meta)
+    raw, frozen = encode_both(data, meta, codec)
     size = len(raw) + (0 if frozen is None else len(frozen.raw))
     if size > MAX_MESSAGE_BYTES // 2 and (size := size + _token_size(token)) > MAX_MESSAGE_BYTES:
         raise DataError(f'data, meta and token have {size:,} bytes, MongoDB stores at most {MAX_MESSAGE_BYTES:,}')

@@ -31,7 +31,7 @@ from pymongo.errors import PyMongoError
 from . import clock, connection, store
 from .backlog import TIMEOUT, Limits, Room, count_backlog, warn
 from .connection import Target, is_passing, masked, reason_of
-from .encoding import encode, encode_both
+from .encoding import Codec, codec_of, encode, encode_both
 from .errors import (
     BacklogFullError,
     DataError,
@@ -145,7 +145,7 @@ class Producer:
     """The one writer of this process to a stream; get it with `producer_of`."""
 
     def __init__(self, target: Target, stream: str) -> None:
-        self.target, self.stream = target, stream
+        self.target, self.stream, self._codec = target, stream, codec_of(target)
         self.id = new_id()
         self._offset = 0
         self._used = time.time()
@@ -168,7 +168,7 @@ class Producer:
     def append(self, data: Any, meta: Any = None, limits: Limits = UNLIMITED) -> None:
         """Append one message and return when it is acknowledged."""
         with HowFar() as far:
-            raw, frozen = encode_both(data, meta)
+            raw, frozen = encode_both(data, meta, self._codec)
             self._take_room(1, limits, far)
             self._deliver(Entry([raw], [clock.now()], [frozen]), limits.timeout, far)
 
@@ -181,7 +181,7 @@ class Producer:
         """
         partial, at = None, store.MAX_BATCH
         try:
-            raw, frozen = encode_both(data, meta)
+            raw, frozen = encode_both(data, meta, self._codec)
             if limits.max_backlog is not None:
                 self._take_room(1, limits, HowFar())
             if (queued_on := _queued_on.get()) is not None:
@@ -209,13 +209,13 @@ class Producer:
     def append_each(self, messages: Iterable[tuple[Any, Any]], limits: Limits = UNLIMITED) -> None:
         """Append messages, each with its meta, as record batches; they are acknowledged when this returns."""
         with HowFar() as far:
-            pairs = [encode_both(data, meta) for data, meta in messages]
+            pairs = [encode_both(data, meta, self._codec) for data, meta in messages]
             self._append_all([raw for raw, _ in pairs], [frozen for _, frozen in pairs], limits, far)
 
     def append_many(self, items: Iterable[Any], limits: Limits = UNLIMITED) -> int:
         """Append messages as record batches; returns how many when all are acknowledged."""
         with HowFar() as far:
-            for datas in _checked(items):
+            for datas in _checked(items, self._codec):
                 self._append_all(datas, [None] * len(datas), limits, far)
         return far.counts[0]
 
@@ -559,13 +559,13 @@ def flush_all() -> None:
             logger.error('messages of %r were not written: %s', producer.stream, exc)
 
 
-def _checked(items: Iterable[Any]) -> Iterator[list[bytes]]:
+def _checked(items: Iterable[Any], codec: Codec) -> Iterator[list[bytes]]:
     """Encode all messages before any is written, as long as they fit into memory comfortably."""
     datas: list[bytes] = []
     size = done = 0
     for i, item in enumerate(items):
         try:
-            datas.append(encode(item))
+            datas.append(encode(item, codec))
         except DataError as exc:
             so_far = f'; items[:{done}] are stored' if done else ''
             raise DataError(f'items[{i}]: {exc}{so_far}') from None

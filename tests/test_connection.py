@@ -2,10 +2,15 @@
 
 import subprocess
 import sys
+import uuid
 
 import pytest
+from bson import CodecOptions
+from bson.binary import UuidRepresentation
+from bson.codec_options import DatetimeConversion
 from pymongo.errors import ConfigurationError, PyMongoError
 
+import minibatch as mb
 from minibatch import connection
 from minibatch.connection import Target, authenticated_url, connectdb, masked, target
 from minibatch.errors import ArgumentError, UnreachableError
@@ -126,3 +131,36 @@ def test_a_connection_that_was_made_while_the_server_started_does_not_say_for_ev
     connection.heal(client, caught.value)
     with client.start_session() as session:
         assert client.test.stream.find_one(session=session) is None
+
+
+@pytest.mark.integration
+def test_what_a_url_says_holds_and_what_it_does_not_say_has_a_default(url):
+    plain = target(url).client.options
+    assert (plain.pool_options.appname, plain.pool_options.socket_timeout) == ('minibatch', 120)
+    assert plain.codec_options.uuid_representation == UuidRepresentation.STANDARD
+    for said in (
+        '&appName=mine&uuidRepresentation=javaLegacy&socketTimeoutMS=7000&datetime_conversion=DATETIME_MS',
+        '&appname=mine&UUIDREPRESENTATION=javaLegacy&sockettimeoutms=7000&datetime_conversion=DATETIME_MS',
+    ):
+        options = target(url + said).client.options
+        assert (options.pool_options.appname, options.pool_options.socket_timeout) == ('mine', 7)
+        assert options.codec_options.uuid_representation == UuidRepresentation.JAVA_LEGACY
+        assert options.codec_options.datetime_conversion == DatetimeConversion.DATETIME_MS
+    with pytest.raises(ArgumentError, match='Invalid datetime_conversion'):
+        target(url + '&datetime_conversion=none').client  # noqa: B018
+    assert target(url, AppName='called').client.options.pool_options.appname == 'called'
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(('representation', 'kind'), [
+    ('standard', UuidRepresentation.STANDARD), ('pythonLegacy', UuidRepresentation.PYTHON_LEGACY),
+    ('javaLegacy', UuidRepresentation.JAVA_LEGACY),
+])
+def test_uuids_are_stored_as_the_url_says_and_come_back(url, db, representation, kind):
+    where, value = f'{url}&uuidRepresentation={representation}', uuid.uuid4()
+    stream = mb.stream('s', url=where)
+    stream.append({'id': value}, meta={'id': value})
+    [message] = stream.tail(last=1, follow=False)
+    assert (message.data, message.meta) == ({'id': value}, {'id': value})
+    codec = CodecOptions(uuid_representation=kind)
+    assert db.get_collection('buffer', codec).find_one()['data'] == {'id': value}
