@@ -67,10 +67,12 @@ def test_every_command_prints_in_the_letters_that_the_terminal_has(files, encodi
     assert r'\u2603' in row.split()[0]
 
 
-def test_a_connection_never_gets_the_number_of_a_standard_stream_that_was_closed(tmp_path):
+def test_a_connection_never_gets_the_number_of_a_standard_stream_that_was_closed_nor_one_of_a_worker(tmp_path):
     program = (
         'import socket, sys; from minibatch.cli.output import prepare_streams; prepare_streams(); '
-        'open(sys.argv[1], "w").write(str(socket.socket().fileno())); print(1, file=sys.stderr); print(1)'
+        'open(sys.argv[1], "w").write(str(socket.socket().fileno())); print(1, file=sys.stderr); print(1); '
+        'import subprocess; worker = "import os; [os.fstat(number) for number in range(3)]"; '
+        'subprocess.run([sys.executable, "-c", worker], check=True)'
     )
     command = [sys.executable, '-c', program, str(tmp_path / 'number')]
     assert subprocess.run(['sh', '-c', '"$@" <&- >&- 2>&-', 'sh', *command]).returncode == 0

@@ -28,7 +28,8 @@ def prepare_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            lowest_free = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(lowest_free, True)  # for workers
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
         if stream is None:
