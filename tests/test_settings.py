@@ -1,6 +1,8 @@
 """A stream's document is the one truth about it: how long messages are kept, and how many may wait."""
 
+import copy
 import multiprocessing
+import pickle
 import threading
 from datetime import timedelta
 
@@ -241,6 +243,15 @@ def test_a_handle_that_is_open_keeps_to_a_limit_that_is_set_later(url):
     stream.append({})
     with pytest.raises(BacklogFullError):
         stream.append({})
+
+
+@pytest.mark.parametrize('travel', [copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))])
+def test_a_stream_that_has_travelled_keeps_to_a_limit_that_is_set_later(url, travel):
+    there = travel(mb.stream('s', url=url))
+    mb.stream('s', url=url, max_backlog=1, on_full='raise')
+    there.append({})
+    with pytest.raises(BacklogFullError):
+        there.append({})
 
 
 @pytest.mark.parametrize(('option', 'value'), [('interval', 2.5), ('group_expiry', 3600), ('max_age', 3600)])
