@@ -108,6 +108,7 @@ class MongoReplicasetSource(Anchored):
 
     Args:
         collection: the pymongo collection; it need not exist yet.
+            Its client must have a ``maxPoolSize`` of 2 or more, as the change stream holds one connection.
         size: how many messages are appended at a time at most, up to 10,000; it never waits for more.
         updates: whether changes of documents become messages.
         deletes: whether deletes of documents become messages.
