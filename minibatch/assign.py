@@ -68,7 +68,7 @@ class Bucket:
     runs: dict[str, list[int]] = field(default_factory=dict)  # by producer: from, to, from, to ...
     ident: Hashable = None
     born: int = 0  # the how manieth it is
-    opens: int = FOREVER  # the end it began with: at this watermark its first messages would be late
+    opens: int = FOREVER  # at this watermark, read again, its first message would be late
     is_open: bool = True
     given: bool = False  # to be claimed now
     into: Bucket | None = None  # the one it was merged into
@@ -102,6 +102,7 @@ class Seen:
     newest: int = NEVER  # when the newest message read was created, by its producer's clock
     lead: int = FOREVER  # by how much its times are after those of creation, at least
     heard: int = NEVER  # when it was last seen to have appended something
+    awake: int = NEVER  # until when it is not taken for idle
     ahead: bool = False  # it has given times that cannot be
     pins: list[tuple[int, int, Bucket]] = field(default_factory=list)
 
@@ -194,12 +195,15 @@ class Sessions:
         touching = [it for it in self._open.get(ident, ()) if it.start < end and start < it.end]
         if touching:
             bucket = touching[0]
-            for other in touching:
-                start, end = min(start, other.start), max(end, other.end)
             for other in touching[1:]:
                 self.remove(other)
                 to.merge(other, bucket)
-            to.resize(bucket, start, end)
+            if start < bucket.start:
+                bucket.start = start
+            if end > bucket.end:
+                bucket.end = end
+            if len(bucket.runs) > 1 or producer not in bucket.runs:  # read again, any of them may be the first
+                bucket.opens = min(bucket.opens, bucket.start + self._gap)
         elif end > floor:
             bucket = Bucket(message.key, start, end, ident=ident)
             to.open(bucket)
@@ -236,7 +240,7 @@ class Waits:
             to.open(bucket)
             self._open[ident] = bucket
         elif time < bucket.start:
-            to.resize(bucket, time, time + self._wait)
+            to.shift(bucket, time, time + self._wait)
         to.add(bucket, producer, message.offset)
         if bucket.n == self._size:
             to.close(bucket)
@@ -321,6 +325,8 @@ class Assigner:
         self.ahead = 0  # by how much times were after those of creation, at most
         self._since = FOREVER  # when this was told the time first
         self._producers: dict[str, Seen] = {}
+        self._unread: dict[str, Seen] = {}
+        self._unseen: dict[str, None] = {}  # those of which nothing was read yet
         self._order = count()
         self._ends: list[tuple[int, int, Bucket]] = []  # a heap, with each open window once, at its end or before it
         self._open = 0
@@ -343,22 +349,32 @@ class Assigner:
             seen = self._producers.get(span.producer)
             if seen is None:
                 seen = self._producers[span.producer] = Seen(span.start, span.end)
+                self._unseen[span.producer] = None
             elif span.end > seen.end:
                 seen.heard = now
-            seen.read, seen.end = max(seen.read, span.start), span.end
+                seen.awake = seen.last + self._idle
+            self._so_far(span.producer, seen, max(seen.read, span.start), span.end)
+
+    def _so_far(self, producer: str, seen: Seen, read: int, end: int) -> None:
+        seen.read, seen.end = read, end
+        if read < end:
+            self._unread[producer] = seen
+        else:
+            self._unread.pop(producer, None)
+            self._unseen.pop(producer, None)
 
     def next_span(self, most: int) -> Span | None:
         """What to read next, at most so many messages: of the producer that is furthest behind in time."""
-        unread = [name for name, seen in self._producers.items() if seen.is_unread]
-        if not unread:
+        if not self._unread:
             return None
-        name = min(unread, key=lambda name: self._producers[name].high)
-        seen = self._producers[name]
+        name = next(iter(self._unseen), None) or min(self._unread, key=lambda name: self._unread[name].high)
+        seen = self._unread[name]
         return Span(name, seen.read, min(seen.end, seen.read + most))
 
     def read(self, span: Span, messages: Iterable[Message], now: int) -> None:
         """Take in the messages of a span, which continues what was read of the producer, and go on in time."""
         producer, seen = span.producer, self._producers[span.producer]
+        self._unseen.pop(producer, None)
         high, newest, credible = seen.high, seen.newest, SKEW + seen.behind
         others, until = NEVER, NEVER
         for message in messages:
@@ -386,10 +402,10 @@ class Assigner:
                 credible = SKEW + seen.behind
             if None not in held:
                 self.rule.put(self, producer, message, held, now)
-        seen.read = span.end
+        self._so_far(producer, seen, span.end, seen.end)
+        seen.awake = seen.last + self._idle
         while seen.read - self._low(seen) > MAX_AHEAD and (first := seen.pins[0][2].root).is_open:
             self._close_early(first, f'more than {MAX_AHEAD:,} messages were read behind the oldest of them')
-        self.advance(now)
 
     def advance(self, now: int) -> None:
         """Move the watermark as far as what was read allows, and close the windows that end by then."""
@@ -419,15 +435,14 @@ class Assigner:
             self.close(bucket)
 
     def _event_time(self, now: int) -> int:
-        known = self._producers.values()
-        unread = [seen.newest for seen in known if seen.is_unread]
-        at = min(unread, default=now)  # a backlog is not silence
-        if at == NEVER:
+        if self._unseen:
             return NEVER
-        holding = [seen.high for seen in known if self._holds(seen, at)]
+        known = self._producers.values()
+        at = min((seen.newest for seen in self._unread.values()), default=now)  # a backlog is not silence
+        holding = [seen.high for seen in known if seen.high > NEVER and (at < seen.awake or seen.read < seen.end)]
         if holding:
             return min(holding) - self._lateness
-        if unread:
+        if self._unread:
             return NEVER
         alone = not any(seen.high > NEVER for seen in known) and any(seen.ahead for seen in known)
         by_the_clock = self._clock_time(now, lambda seen: max(seen.last, self._since))
@@ -449,24 +464,22 @@ class Assigner:
             self._reach(self._clock_time(at, lambda seen: seen.newest))
 
     def _created_time(self, now: int) -> int:
-        return min((seen.high for seen in self._producers.values() if seen.is_unread), default=now)
-
-    def _holds(self, seen: Seen, at: int) -> bool:
-        return seen.high > NEVER and (seen.is_unread or at - seen.last < self._idle)
+        return min((seen.high for seen in self._unread.values()), default=now)
 
     def _others(self, reading: Seen, at: int) -> tuple[int, int]:
         """The lowest time of the other producers that hold the watermark, and until when that is so."""
         low, until = FOREVER, FOREVER
-        for seen in self._producers.values():
-            if seen is reading or not (seen.is_unread or self.event):
+        if self._unseen:
+            return NEVER, FOREVER
+        for seen in (self._producers if self.event else self._unread).values():
+            if seen is reading or not (seen.read < seen.end or at < seen.awake):
                 continue
-            if seen.is_unread and seen.newest == NEVER:
-                return NEVER, FOREVER
-            if not self.event or self._holds(seen, at):
-                low = min(low, seen.high)
-                if not seen.is_unread:
-                    until = min(until, seen.last + self._idle)
+            if seen.high < low and (seen.high > NEVER or not self.event):
+                low = seen.high
+            if seen.awake < until and seen.read == seen.end:
+                until = seen.awake
         return low, until
+
     def _forget(self, now: int) -> None:
         if len(self._producers) > MANY_PRODUCERS:
             pause = max(FORGOTTEN, self._idle)
@@ -497,11 +510,10 @@ class Assigner:
         bucket.opens, bucket.born = bucket.end, next(self._order)
         heapq.heappush(self._ends, (bucket.end, bucket.born, bucket))
 
-    def resize(self, bucket: Bucket, start: int, end: int) -> None:
-        """Let a window begin or end at other times."""
-        if end < bucket.end:
-            heapq.heappush(self._ends, (end, bucket.born, bucket))
+    def shift(self, bucket: Bucket, start: int, end: int) -> None:
+        """Let a window begin and end earlier. One that grows need not say so."""
         bucket.start, bucket.end = start, end
+        heapq.heappush(self._ends, (end, bucket.born, bucket))
 
     def merge(self, other: Bucket, bucket: Bucket) -> None:
         """Make the messages of one window part of another one."""
@@ -509,6 +521,7 @@ class Assigner:
         self._open -= 1
         bucket.n += other.n
         bucket.opens = min(bucket.opens, other.opens)
+        bucket.start, bucket.end = min(bucket.start, other.start), max(bucket.end, other.end)
         for producer, runs in other.runs.items():
             bucket.runs.setdefault(producer, []).extend(runs)
 

@@ -153,8 +153,9 @@ class WindowEmitter:
         self.queue, self.source = queue, source
         self._stream, self._stream_url, self._cnx_kwargs = stream, stream_url, cnx_kwargs
         self._keep = keep
-        self.refuse_circle('fn', _appends_to(emitfn))
-        self.refuse_circle('forwardfn' if sink is None else 'sink', _appends_to(self.forwardfn))
+        self.appends_to = _appends_to(emitfn), _appends_to(self.forwardfn)
+        self.refuse_circle('fn', self.appends_to[0])
+        self.refuse_circle('forwardfn' if sink is None else 'sink', self.appends_to[1])
         self._stop = False
         self.error: Exception | None = None
         self._thread: threading.Thread | None = None

@@ -20,7 +20,6 @@ from .. import signals
 from ..api import collecting
 from ..errors import ArgumentError, MinibatchError
 from ..marshaller import name_of
-from ..models import Stream
 from ..window import WindowEmitter
 
 logger = logging.getLogger('minibatch.run')
@@ -109,9 +108,9 @@ def _check_groups(emitters: Sequence[WindowEmitter]) -> None:
 
 
 def _feeds(one: WindowEmitter, other: WindowEmitter) -> bool:
-    """Whether one consumer appends to the stream of another one."""
-    ours = (out for out in (one.sink, one.late) if isinstance(out, Stream))
-    return one is not other and any((out.target, out.name) == (other.stream.target, other.stream_name) for out in ours)
+    """Whether one consumer appends to the stream of another one, as far as its options say."""
+    ours = (out for out in (*one.appends_to, one.late) if out is not None)
+    return any((out.target, out.name) == (other.stream.target, other.stream_name) for out in ours)
 
 
 class Service:
