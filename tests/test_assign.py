@@ -443,6 +443,31 @@ def test_what_was_late_is_late_again_although_what_made_it_so_is_below_the_posit
     assert seen(group, late=True) == [(None, None, None, [75])]
 
 
+def test_a_session_of_two_producers_is_the_same_after_a_restart_whichever_is_read_first():
+    messages = {'a': [(80, 'x'), (110, 'y')], 'b': [(79, 'z'), (100, 'x'), (110, 'y')]}
+    group = group_of(event(SessionWindow, gap=25), **messages)
+    group.run(NOW, ends={'b': 2})
+    group.run(NOW)
+    group.follow()
+    assert seen(group) == [(79, 104, 'z', [79])]
+    group.restart()
+    group.end(NOW)
+    assert seen(group)[1:] == [(80, 125, 'x', [80, 100]), (110, 135, 'y', [110, 110])]
+    assert seen(group, late=True) == []
+
+
+def test_at_the_end_of_the_input_each_window_is_emitted_once_though_it_is_killed_between_two_claims():
+    group = group_of(event(FixedTimeWindow, interval=10), a=[(0, 'x'), (1, 'y'), (2, 'z'), (3, 'x')])
+    group.plan(NOW, end=False)
+    for _ in range(3):
+        group.plan(NOW, end=True, keep=1)
+        group.plan(NOW)
+    group.end(NOW)
+    group.follow()
+    assert sorted(seen(group)) == [(0, 10, 'x', [0, 3]), (0, 10, 'y', [1]), (0, 10, 'z', [2])]
+    assert group.positions == {'a': 4}
+
+
 def test_each_claim_says_up_to_when_all_is_decided_as_the_next_one_may_not_be_stored(monkeypatch):
     group = group_of(event(FixedTimeWindow, interval=10), a=[(100, 'x'), (5, 'late'), (110, 'y')])
     group.plan(NOW, keep=1)
