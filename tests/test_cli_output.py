@@ -79,11 +79,13 @@ def test_a_connection_never_gets_the_number_of_a_standard_stream_that_was_closed
     assert int((tmp_path / 'number').read_text()) > 2
 
 
+@pytest.mark.parametrize('unbuffered', ['', '1'])
 @pytest.mark.parametrize('words', ['--version', 'streams --help', 'completion bash'])
-def test_output_on_a_full_disk_is_an_error_in_one_line(words):
+def test_output_on_a_full_disk_is_an_error_in_one_line(words, unbuffered):
     command = [sys.executable, '-m', 'minibatch', *words.split()]
+    env = {**os.environ, 'PYTHONUNBUFFERED': unbuffered}
     with open('/dev/full', 'w') as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=env)
     assert (done.returncode, done.stderr.count('\n')) == (1, 1)
     assert 'No space left on device' in done.stderr
 

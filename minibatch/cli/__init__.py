@@ -12,7 +12,7 @@ import click
 from ..errors import MinibatchError
 from ..text import plain
 from . import completion, dead, groups, messages, run, server, streams
-from .output import prepare_streams
+from .output import drop_unwritten, prepare_streams
 
 INTERRUPTED = 130
 
@@ -27,6 +27,8 @@ class _Main(click.Group):
         except OSError as exc:  # of what is printed before a command runs
             click.echo(f'error: what is printed cannot be written: {exc}', err=True)
             sys.exit(1)
+        finally:
+            drop_unwritten()
 
     def invoke(self, ctx: click.Context) -> Any:
         from pymongo.errors import PyMongoError

@@ -38,6 +38,15 @@ def prepare_streams() -> None:
             stream.reconfigure(errors='backslashreplace')
 
 
+def drop_unwritten() -> None:
+    """Let what could not be written lead nowhere, too: Python would try again at its end, and print a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object, in one line, all that is not printable escaped."""
     from bson import json_util
