@@ -239,7 +239,7 @@ class Delivery:
             except (LeaseLostError, PyMongoError):
                 raise
             except Exception as exc:
-                error, counts = f'late: {type(exc).__name__}: {exc}', not _is_matter_of_time(exc, claim)
+                error, counts = f'late: {store.in_words(exc)}', not _is_matter_of_time(exc, claim)
                 failed[claim.number] = Outcome(claim.number, error=error, by_function=counts)
         return failed
 

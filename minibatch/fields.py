@@ -9,7 +9,7 @@ from typing import Any
 
 from bson import ObjectId
 
-from . import clock, functions, signals
+from . import clock, functions, signals, store
 from .errors import ArgumentError
 
 MAX_KEY = 1000
@@ -65,8 +65,7 @@ def _value(name: str, of: Of, data: Any, convert: Callable[[Any], Any]) -> Any:
     except BaseException as exc:  # of a function that was given
         if signals.is_signal(exc):
             raise
-        why = f'{name}: {type(exc).__name__}: {exc}'[:MAX_TEXT]
-        raise BadMessage(why.encode(errors='replace').decode()) from exc
+        raise BadMessage(f'{name}: {store.in_words(exc)}'[:MAX_TEXT]) from exc
 
 
 def _field(path: str, data: Any) -> Any:

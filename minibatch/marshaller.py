@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import cloudpickle
 
+from . import store
 from .connection import masked_text
 from .errors import PortabilityError, UnknownFunctionError
 
@@ -93,7 +94,7 @@ def _loads(blob: bytes) -> Any:
         return cloudpickle.loads(blob)
     except BaseException as exc:  # also what a module does at its top level
         raise PortabilityError(
-            f'the function cannot be loaded by a worker on {platform.node()}: {type(exc).__name__}: {exc}. '
+            f'the function cannot be loaded by a worker on {platform.node()}: {store.in_words(exc)}. '
             f'Install there what it needs, in the same version.'
         ) from exc
     finally:

@@ -109,3 +109,20 @@ def test_what_a_function_raises_is_said_and_can_be_stored():
         Fields(key=fail).key({})
     assert len(str(caught.value).encode()) <= 1000
     assert Fields(key=fail).names is None
+
+
+def test_an_error_of_a_function_whose_text_exits_or_has_a_password_is_told_all_the_same():
+    class Wordless(BaseException):
+        def __str__(self):
+            raise SystemExit(1)
+
+    def raises(exc):
+        def of(data):
+            raise exc
+
+        return of
+
+    with pytest.raises(BadMessage, match=r'^key: Wordless: \(its text cannot be had: SystemExit\)$'):
+        Fields(key=raises(Wordless())).key({})
+    with pytest.raises(BadMessage, match=r'timestamp: OSError: no answer from mongodb://me:\*+@host$'):
+        Fields(timestamp=raises(OSError('no answer from mongodb://me:secret@host'))).time({})
