@@ -10,7 +10,8 @@ project = 'minibatch'
 release = importlib.metadata.version('minibatch')
 extensions = ['sphinx.ext.napoleon', 'sphinx.ext.autodoc']
 exclude_patterns = ['_build']
-html_theme = 'alabaster'
+html_theme = 'furo'
+html_title = f'minibatch {release}'
 
 # A docstring inherited from mongoengine says nothing about minibatch.
 autodoc_inherit_docstrings = False
