@@ -1,4 +1,4 @@
-"""Notices that MongoDB is away, says so, and lets a consumer that is told to stop not wait for it."""
+"""Notices that MongoDB is away, says so, and ends the waits of a consumer that is told to stop."""
 
 from __future__ import annotations
 

@@ -458,16 +458,27 @@ def end_wait(thread: int) -> None:
 
     Where pymongo waits, and how to reach a thread there, is not public; without it the wait takes its time.
     """
+    if _waits_for_server(thread):
+        _raise_in(thread, ctypes.py_object(_WaitEnded))
+        if not _waits_for_server(thread):  # it went on just after it was looked at, and may run code of a user now
+            _raise_in(thread, None)
+
+
+def _waits_for_server(thread: int) -> bool:
     frame = sys._current_frames().get(thread)
     for _ in range(WAIT_DEPTH):
         if frame is None:
-            return
+            return False
         if frame.f_code.co_name == '_select_servers_loop':
-            with suppress(AttributeError):
-                raised = ctypes.py_object(_WaitEnded)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
-            return
+            return True
         frame = frame.f_back
+    return False
+
+
+def _raise_in(thread: int, exc: ctypes.py_object[type[BaseException]] | None) -> None:
+    """Let a thread raise this when it runs next; None takes back what it has not raised yet."""
+    with suppress(AttributeError):
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), exc)
 
 
 @contextmanager

@@ -106,6 +106,25 @@ def test_a_consumer_whose_sink_is_a_stream_stops_while_mongodb_is_away_and_so_do
     assert "messages of 'out' were not written" in caplog.text
 
 
+def test_a_thread_that_went_on_just_as_its_wait_was_to_be_ended_is_left_alone(monkeypatch):
+    looks, blocked, done = iter([True, False]), threading.Lock(), []
+    blocked.acquire()
+
+    def work():
+        done.append('begun')
+        with blocked:
+            done.append('went on')
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    eventually(lambda: done)
+    monkeypatch.setattr(connection, '_waits_for_server', lambda thread: next(looks))
+    connection.end_wait(thread.ident)
+    blocked.release()
+    thread.join(60)
+    assert done == ['begun', 'went on']
+
+
 def test_a_lease_that_has_run_out_is_renewed_as_long_as_nobody_has_taken_it(url, monkeypatch):
     def lost(*args):
         raise AutoReconnect('lost')
