@@ -396,10 +396,11 @@ def _kill(pid: int) -> None:
 
 def cause_of_loss(exc: BaseException) -> str:
     """Why a task came to no end, in one line."""
-    codes = re.search(r'exit codes of the workers are (\{.*\})', str(exc))
+    said = store.in_words(exc)
+    codes = re.search(r'exit codes of the workers are (\{.*\})', said)
     if codes is not None:
         return f'WorkerDied: the worker process ended while it ran the function, {codes[1]}'
-    return f'{type(exc).__name__}: {str(exc).partition(chr(10))[0]}'
+    return said.partition('\n')[0]
 
 
 def _warm_up(target: Target | None) -> None:
