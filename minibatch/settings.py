@@ -16,8 +16,6 @@ from datetime import timedelta
 from typing import Any
 from weakref import WeakValueDictionary
 
-from pymongo.errors import PyMongoError
-
 from . import clock, store
 from .connection import Target, reason_of
 from .store import DB
@@ -162,7 +160,7 @@ def _tend(where: Target, settings: list[Settings]) -> None:
     db = where.majority  # once: when its client is closed meanwhile, there shall be no new one
     try:
         docs = store.find_streams(db, [each.name for each in settings])
-    except PyMongoError:  # whoever does something with these streams says so
+    except Exception:  # whoever does something with these streams says so, and others are to be tended
         _put_off(settings, RETRY_PAUSE)
         return
     for each in settings:

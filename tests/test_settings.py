@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 from bson import Timestamp
+from bson.errors import InvalidBSON
 from processes import Seen, appended, note, write_at
 from servers import eventually
 
@@ -145,6 +146,21 @@ def keeps_nothing_for_long(url):
     stream = mb.stream('child', url=url, max_age=SHORT)
     stream.append({})
     eventually(lambda: not stream.buffer().count())
+
+
+def test_documents_that_cannot_be_read_once_do_not_end_what_looks_after_streams(url, monkeypatch):
+    failed, find = [], store.find_streams
+
+    def fail_once(db, names):
+        if not failed:
+            failed.append(names)
+            raise InvalidBSON('not UTF-8')
+        return find(db, names)
+
+    monkeypatch.setattr(store, 'find_streams', fail_once)
+    stream = mb.stream('s', url=url, max_age=SHORT)
+    stream.append({})
+    eventually(lambda: failed and not stream.buffer().count())
 
 
 def test_a_forked_child_looks_after_the_streams_that_it_opens(url):
