@@ -67,7 +67,7 @@ class Bucket:
     frontier: int | None = None
     runs: dict[str, list[int]] = field(default_factory=dict)  # by producer: from, to, from, to ...
     ident: Hashable = None
-    born: int = 0  # the how manieth it is
+    born: int = 0  # its place in the order in which they were begun
     opens: int = FOREVER  # at this watermark, read again, its first message would be late
     is_open: bool = True
     given: bool = False  # to be claimed now

@@ -7,6 +7,7 @@
     │   └── PortabilityError
     ├── DataError                (ValueError)
     ├── UnknownFunctionError
+    ├── WorkersError
     ├── WindowFailedError
     ├── ConsumerEndedError
     ├── TooManyWindowsError

@@ -452,7 +452,7 @@ class Stream(_Model):
         try:
             written = self._producer.append_many(chain.from_iterable(parts), self._limits)
         except Exception as exc:  # they are given one by one then, to see which is to blame
-            written = vars(exc)['written']
+            written = getattr(exc, 'written', 0)
         return sum(1 for end in accumulate(map(len, parts)) if end <= written)
 
     def flush(self) -> None:
@@ -493,6 +493,7 @@ class Stream(_Model):
 
         In the thread a source that fails is logged and started again, after 1 to 60 seconds. In a worker that imports
         a module, to find a function there, this does nothing.
+
         Raises:
             ArgumentError: if it is not a source, or another one is attached.
         """

@@ -13,6 +13,7 @@ import click
 import pytest
 
 import minibatch
+from minibatch import errors
 from minibatch.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +109,11 @@ def test_every_module_has_its_place_in_the_layout():
 @pytest.mark.parametrize('module', MODULES)
 def test_every_module_says_in_its_docstring_what_it_is_for(module):
     assert ast.get_docstring(ast.parse(MODULES[module].read_text(encoding='utf-8')))
+
+
+def test_the_tree_of_errors_shows_each_error_once():
+    tree = re.findall(r'── (\w+)', errors.__doc__)
+    assert sorted(tree) == sorted(name for name in vars(errors) if name.endswith('Error') and name != 'MinibatchError')
 
 
 def test_imports_never_point_to_a_higher_level():
