@@ -19,7 +19,6 @@
 from __future__ import annotations
 
 import atexit
-import inspect
 import logging
 import os
 import signal
@@ -31,6 +30,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
+from minibatch import functions
 from minibatch.errors import ArgumentError, install_hint
 
 try:
@@ -227,12 +227,7 @@ class StreamingApp(Blueprint):
         if is_consumer_process():
             logger.info('a consumer does not start consumers; its module was imported by one')
             return
-        if not callable(consumer):
-            raise ArgumentError(f'consumer must be a function that takes the URL, not {consumer!r}')
-        if not _takes_url(consumer):
-            raise ArgumentError(f'consumer must take one argument, the URL, as consumer(url) does, not {consumer!r}')
-        if not _runs(consumer):
-            raise ArgumentError(f'consumer must be a plain function, not {consumer!r}: nothing of it would run')
+        functions.check('consumer', consumer, 'the URL', plain=True)
         if name is not None:
             _check_name(name)
         name = name or str(getattr(consumer, '__name__', type(consumer).__name__))
@@ -356,24 +351,6 @@ def _troubles(group: Any) -> Iterator[str]:
 def _check_name(name: Any) -> None:
     if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > MAX_NAME:
         raise ArgumentError(f'name must be a text of 1 to {MAX_NAME} characters that can be shown, not {name!r:.80}')
-
-
-def _takes_url(consumer: Callable[..., Any]) -> bool:
-    try:
-        signature = inspect.signature(consumer)
-    except (TypeError, ValueError):
-        return True  # of what is not written in Python; it will be seen
-    try:
-        signature.bind('url')
-    except TypeError:
-        return False
-    return True
-
-
-def _runs(consumer: Callable[..., Any]) -> bool:
-    """Whether a call runs it: it is neither async nor a generator."""
-    kinds = inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction
-    return not any(kind(each) for kind in kinds for each in (consumer, type(consumer).__call__))
 
 
 def _url_of(om: Any) -> str:

@@ -17,7 +17,7 @@ from pymongo.errors import ConnectionFailure, OperationFailure
 from pymongo.read_concern import ReadConcern
 
 from minibatch.abc import SourceMessage
-from minibatch.connection import same_server
+from minibatch.connection import reason_of, same_server
 from minibatch.errors import ArgumentError, PortabilityError, ServerError, UnreachableError
 
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ def reached(collection: Collection[Any]) -> Iterator[None]:
     try:
         yield
     except OperationFailure as exc:
-        reason = str((exc.details or {}).get('errmsg') or exc).partition(', full error')[0]
+        reason = str((exc.details or {}).get('errmsg') or reason_of(exc))
         raise ServerError(f'MongoDB refused to read collection {collection.full_name}: {reason}') from exc
     except ConnectionFailure as exc:
-        reason = str(exc).partition(', Timeout:')[0]
-        raise UnreachableError(f'the server of collection {collection.full_name} does not answer: {reason}') from exc
+        name = collection.full_name
+        raise UnreachableError(f'the server of collection {name} does not answer: {reason_of(exc)}') from exc
 
 
 def message(document: Mapping[str, Any], token: Any, meta: Mapping[str, Any] | None = None) -> SourceMessage:
