@@ -361,7 +361,7 @@ def test_a_function_that_cannot_travel_is_refused_at_once_naming_the_variable(st
         mb.make_emitter('test', lambda window: held.locked(), stream=stream, size=1)
     script = 'import threading\nlock = threading.Lock()\ndef process(window): lock.locked()'
     names: dict[str, Any] = {'__name__': '__main__'}
-    exec(script, names)  # noqa: S102 # as a script, whose functions travel by value
+    exec(script, names)  # as a script, whose functions travel by value
     with pytest.raises(PortabilityError, match="'lock'"):
         mb.streaming('test', names['process'], stream=stream, size=1)
 
