@@ -39,7 +39,10 @@ class TestKafkaSource(SourceContract):
         kafka.create(self.topic)
 
     def make(self):
-        return KafkaSource(self.topic, self.broker.url, group_id=self.topic, session_timeout_ms=6000)
+        # The position is in MongoDB. In one group the broker of the tests would wait for the source before, if that
+        # was cancelled while it joined.
+        group = f'{self.topic}-{uuid.uuid4().hex[:8]}'
+        return KafkaSource(self.topic, self.broker.url, group_id=group, session_timeout_ms=6000)
 
     def send(self, numbers):
         self.broker.send(self.topic, [json.dumps({'i': i}).encode() for i in numbers])
