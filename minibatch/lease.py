@@ -55,11 +55,15 @@ class Lease:
         return self._clock.at(time.monotonic())
 
     def check(self) -> None:
-        """Raise `LeaseLostError`, which says why, unless it is valid."""
+        """Renew it if it has run out, as while MongoDB was away; else ask nobody.
+
+        Raises:
+            LeaseLostError: if another consumer has taken it.
+        """
         if self._lost:
             raise LeaseLostError
         if not self.valid:
-            raise LeaseLostError(f'The lease could not be renewed for {self._seconds:g} s.')
+            self.renew()
 
     def renew(self) -> None:
         """Extend the lease; one that has run out too, as long as nobody has taken it.

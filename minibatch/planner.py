@@ -229,8 +229,7 @@ class Planner:
 
     def _turn(self) -> bool:
         """One round of the loop; returns whether there was anything to do."""
-        if not self.lease.valid:
-            self.lease.renew()  # it may have run out while MongoDB was away
+        self.lease.check()
         collected = self._collect()
         self._miss_workers()
         self._tend_source()
