@@ -28,7 +28,7 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 
-from . import clock, connection, store
+from . import clock, connection, settings, store
 from .backlog import TIMEOUT, Limits, Room, count_backlog, warn
 from .connection import Target, is_passing, masked, reason_of
 from .encoding import Codec, codec_of, encode, encode_both
@@ -526,6 +526,7 @@ def producer_of(target: Target, stream: str) -> Producer:
             if not _registry:
                 # Children of multiprocessing end without atexit, but run these.
                 Finalize(None, flush_all, exitpriority=100)
+            settings.look_after()
             _registry.setdefault(key, Producer(target, stream))  # a handler of signals may have come between
         return _registry[key]
 

@@ -109,17 +109,23 @@ def settings_of(where: Target, name: str) -> Settings:
 
 def opened(where: Target, name: str, doc: dict[str, Any]) -> Settings:
     """A stream was opened, and this is its document: from now on it is tended."""
-    global _tending_in
     settings = settings_of(where, name)
     with _changed:
         settings.take(doc)
         settings.due = time.monotonic() + (0.0 if settings.max_age is not None else READ_PAUSE)
         _tended[where, name] = settings
-        if _tending_in != os.getpid():
-            _tending_in = os.getpid()
-            threading.Thread(target=_run, name='minibatch-settings', daemon=True).start()
+        look_after()
         _changed.notify_all()
     return settings
+
+
+def look_after() -> None:
+    """Have a thread of this process look after its streams, also those that it has inherited as a forked child."""
+    global _tending_in
+    with _changed:
+        if _tended and _tending_in != os.getpid():
+            _tending_in = os.getpid()
+            threading.Thread(target=_run, name='minibatch-settings', daemon=True).start()
 
 
 def arrived(where: Target, name: str, doc: dict[str, Any]) -> Settings:

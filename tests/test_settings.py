@@ -148,6 +148,11 @@ def keeps_nothing_for_long(url):
     eventually(lambda: not stream.buffer().count())
 
 
+def appends_until_there_is_a_limit(stream):
+    stream.append({})
+    eventually(lambda: stream._limits.max_backlog == 1)
+
+
 def test_documents_that_cannot_be_read_once_do_not_end_what_looks_after_streams(url, monkeypatch):
     failed, find = [], store.find_streams
 
@@ -167,6 +172,17 @@ def test_a_forked_child_looks_after_the_streams_that_it_opens(url):
     mb.stream('parent', url=url, max_age=SHORT)
     child = multiprocessing.get_context('fork').Process(target=keeps_nothing_for_long, args=(url,))
     child.start()
+    child.join(30)
+    assert child.exitcode == 0
+
+
+def test_a_forked_child_hears_of_a_limit_of_a_stream_that_it_has_inherited(url, monkeypatch):
+    monkeypatch.setattr(settings, 'READ_PAUSE', SHORT)
+    stream = mb.stream('s', url=url)
+    child = multiprocessing.get_context('fork').Process(target=appends_until_there_is_a_limit, args=(stream,))
+    child.start()
+    eventually(stream.buffer().count)
+    mb.stream('s', url=url, max_backlog=1)
     child.join(30)
     assert child.exitcode == 0
 
