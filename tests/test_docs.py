@@ -16,7 +16,7 @@ DOCS = ROOT / 'docs'
 PAGES = [*sorted(path for path in DOCS.rglob('*.rst') if '_build' not in path.parts), ROOT / 'README.rst']
 
 # What a literal block without a language starts with, when it is not Python: commands, and drawings of text.
-COMMANDS = re.compile(r'(minibatch|make|pip|python|docker|curl|export|eval|gunicorn|\$) ')
+COMMANDS = re.compile(r'(minibatch|make|pip|python3?|docker|curl|export|eval|gunicorn|\$) ')
 DRAWN = re.compile(r'[┌└│─┐]')
 
 
