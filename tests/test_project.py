@@ -37,7 +37,7 @@ MAY_HOLD_OPERATORS = {
     'store', 'ledger', 'dead', 'contrib.mongodb.sink', 'contrib.mongodb.polling', 'contrib.mongodb.changes',
 }
 DBREF_FIELDS = {'$ref', '$id', '$db'}  # names inside a value, which tell MongoDB to do nothing
-PUBLIC_TO_CONTRIB = {'', 'abc', 'connection', 'errors', 'functions', 'jsontext', 'contrib'}
+PUBLIC_TO_CONTRIB = {'', 'abc', 'connection', 'errors', 'functions', 'jsontext', 'marshaller', 'contrib'}
 
 
 def room(module):

@@ -19,6 +19,7 @@ from webs import TOKEN, children, get, post, program, tree
 import minibatch as mb
 from minibatch.contrib.apps import StreamingApp, supervisor
 from minibatch.errors import ArgumentError, MinibatchError
+from minibatch.testing import ListSink
 
 
 def consume(url):
@@ -258,6 +259,29 @@ def test_a_consumer_starts_no_consumers(make, url, tmp_path):
 
     make().start_streaming(consumer)
     assert eventually(lambda: (tmp_path / 'count').exists() and (tmp_path / 'count').read_text()) == '0'
+
+
+def test_an_app_at_the_top_of_a_module_is_not_started_by_a_worker_that_imports_it(url, tmp_path, monkeypatch):
+    (tmp_path / 'has_app.py').write_text(
+        'from minibatch.contrib.apps import StreamingApp\n'
+        'def consumer(url): import time; time.sleep(1000)\n'
+        f'app = StreamingApp(url={url!r})\n'
+        'app.start_streaming(consumer)\n'
+        'app.start(port=0)\n'
+        'def started(window): return [len(app.consumers), app.address is not None]\n'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import has_app
+
+    sink = ListSink()
+    try:
+        mb.stream('s', url=url).append({'v': 0})
+        mb.make_emitter('s', has_app.started, size=1, url=url, workers=1, sink=sink).run(blocking=False)
+        assert has_app.started(None) == [1, True], 'but here it is'
+    finally:
+        has_app.app.stop()
+        sys.modules.pop('has_app')
+    assert sink == [[0, False]]
 
 
 def test_a_consumer_that_cannot_be_sent_is_refused_at_once(make):

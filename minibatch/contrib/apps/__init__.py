@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
-from minibatch import functions
+from minibatch import functions, marshaller
 from minibatch.errors import ArgumentError, install_hint
 
 try:
@@ -224,7 +224,7 @@ class StreamingApp(Blueprint):
         Raises:
             ArgumentError: if it does not take the URL or cannot be sent to a process, or there is one of this name.
         """
-        if is_consumer_process():
+        if is_consumer_process() or marshaller.is_loading():
             logger.info('a consumer does not start consumers; its module was imported by one')
             return
         functions.check('consumer', consumer, 'the URL', plain=True)
@@ -244,6 +244,9 @@ class StreamingApp(Blueprint):
     def run(self, host: str = '127.0.0.1', port: int = 5000) -> None:
         """Serve until Ctrl-C, SIGTERM or `stop`, then stop all consumers. It is a production server.
 
+        In a worker that imports a module, to find a function there, this does nothing, and neither do `start` and
+        `start_streaming`.
+
         Args:
             host: the address to listen at; loopback, so that only this machine can ask.
             port: 0 for any that is free.
@@ -252,6 +255,8 @@ class StreamingApp(Blueprint):
             ArgumentError: naming the argument.
             MinibatchError: if the address is taken.
         """
+        if marshaller.is_loading():
+            return
         web = self._listen(host, port)
         print(f'{self.title}: {web.url} (Ctrl-C stops it)', file=sys.stderr, flush=True)
         try:
@@ -262,7 +267,9 @@ class StreamingApp(Blueprint):
             self.stop()
 
     def start(self, host: str = '127.0.0.1', port: int = 5000) -> str:
-        """Serve in a thread, until `stop`; for notebooks. Returns the address."""
+        """Serve in a thread, until `stop`; for notebooks. Returns the address, '' in a worker that imports a module."""
+        if marshaller.is_loading():
+            return ''
         web = self._listen(host, port)
         self._thread = threading.Thread(target=web.serve, name='minibatch-app', daemon=True)
         self._thread.start()
