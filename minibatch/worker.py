@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 from typing import Any
 
 import cloudpickle
@@ -417,8 +417,19 @@ def _set_up_worker(parent: int, function: tuple[str, bytes] | None) -> None:
     threading.Thread(target=_end_with, args=(parent,), name='minibatch-parent', daemon=True).start()
     connection.leave_quickly()
     multiprocessing.set_start_method(None, force=True)  # that of loky starts no processes from here
+    util.Finalize(None, _end_pools, exitpriority=100)
     if function is not None:
         marshaller.install(*function)
+
+
+def _end_pools() -> None:
+    """Tell the pools that a function has left open to end, as those of joblib and concurrent.futures.
+
+    A process of multiprocessing waits for all that it has started before it tells them, and so for ever.
+    """
+    for end in reversed(getattr(threading, '_threading_atexits', ())):
+        with suppress(Exception):
+            end()
 
 
 def _end_with(parent: int) -> None:

@@ -423,6 +423,20 @@ def test_a_pool_ends_also_when_a_function_has_left_a_thread(monkeypatch, caplog)
     assert 'workers did not end' in caplog.text
 
 
+def test_a_worker_ends_by_itself_when_a_function_has_left_a_pool_of_processes_open(monkeypatch, caplog):
+    def leaves_a_pool():
+        from concurrent.futures import ProcessPoolExecutor
+
+        multiprocessing.current_process().held = pool = ProcessPoolExecutor(1)
+        return pool.submit(os.getpid).result()
+
+    monkeypatch.setattr('minibatch.worker.END_TIMEOUT', 30)
+    with Pool(1, None) as pool:
+        pid = pool.submit(leaves_a_pool).result(60)
+    eventually(lambda: not psutil.pid_exists(pid), message='the process of the pool lives on')
+    assert 'workers did not end' not in caplog.text
+
+
 def test_the_event_loop_of_a_worker_is_closed_when_it_ends(tmp_path):
     async def leaves_a_task(path):
         async def hold():
