@@ -13,7 +13,6 @@ from servers import eventually
 
 import minibatch as mb
 from minibatch import clock, lease, ledger, retention, signals, store
-from minibatch.errors import LeaseLostError
 from minibatch.models import Buffer
 from minibatch.window import WindowEmitter
 
@@ -40,7 +39,7 @@ def test_a_consumer_whose_lease_ran_out_calls_no_sink_and_commits_nothing(url, d
     emitter = mb.make_emitter(
         's', len, size=1, stream=stream, lease=LEASE, executor=SlowerThanTheLease, sink=Sink(results)
     )
-    with pytest.raises(LeaseLostError):
+    with pytest.raises(AutoReconnect):
         emitter._run_once()
     assert results == []
     assert [doc['status'] for doc in db.window.find()] == ['open']
