@@ -6,14 +6,12 @@ of yours needs no base class, only the methods. `minibatch.contracts` has tests 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from pymongo import MongoClient
     from pymongo.client_session import ClientSession
-
-    from .models import Stream
 
 
 class SourceMessage(NamedTuple):
@@ -32,6 +30,26 @@ class SourceMessage(NamedTuple):
     error: str = ''
 
 
+class SourceStream(Protocol):
+    """What a source needs of the `minibatch.Stream` that it is given."""
+
+    @property
+    def name(self) -> str:
+        """The name of the stream."""
+
+    def append(self, data: dict[str, Any], meta: Any = None) -> None:
+        """Append a message."""
+
+    def append_many(self, items: Iterable[dict[str, Any]]) -> int:
+        """Append many messages; returns how many."""
+
+    def flush(self) -> None:
+        """Return when all that was appended is stored."""
+
+    def producer(self, name: str | None = None) -> Any:
+        """A `minibatch.named.NamedProducer`, which stores positions of the outside system with the messages."""
+
+
 @runtime_checkable
 class Source(Protocol):
     """Brings messages from an outside system into a stream.
@@ -43,8 +61,9 @@ class Source(Protocol):
     position appends through ``stream.producer(name)``, which stores the position with the messages.
     """
 
-    def stream(self, stream: Stream) -> None:
-        """Append the messages of the outside system to `stream` until there are no more, or `cancel` is called."""
+    # Any, so that a source may say that it takes a `minibatch.Stream`, which is more than a `SourceStream`.
+    def stream(self, stream: Any) -> None:
+        """Append the messages of the outside system to a `SourceStream`, until no more come or `cancel` is called."""
 
     def cancel(self) -> None:
         """Make `stream` return soon.

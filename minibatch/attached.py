@@ -6,16 +6,13 @@ import logging
 import math
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import functions, signals
-from .abc import Source
+from .abc import Source, SourceStream
 from .errors import ArgumentError, MinibatchError
 from .store import in_words
 from .text import plain
-
-if TYPE_CHECKING:
-    from .models import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +47,7 @@ class Attached:
         ended: whether it has come to its end by itself.
     """
 
-    def __init__(self, stream: Stream, source: Source) -> None:
+    def __init__(self, stream: SourceStream, source: Source) -> None:
         self.source, self._stream = source, stream
         self.ended, self._failure, self._well_at = False, '', math.inf
         self._cancelled = threading.Event()

@@ -129,7 +129,7 @@ class StreamingApp(Blueprint):
         self._thread: threading.Thread | None = None
         self._server: Flask | None = None
         self._making = threading.Lock()
-        add_views(self)
+        add_views(self, self)
         if server is not None:
             server.register_blueprint(self)
 

@@ -7,11 +7,11 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import pymongo
-from flask import Response, request
+from flask import Blueprint, Response, request
 from pymongo.errors import PyMongoError
 from werkzeug.exceptions import HTTPException
 
@@ -20,10 +20,9 @@ from minibatch.errors import ArgumentError, DataError, ServerError
 
 from . import bodies, security
 from .asked import asked, number, path_name
-from .security import Refused
-
-if TYPE_CHECKING:
-    from . import StreamingApp
+from .security import Guard, Refused
+from .supervisor import ConsumerProcess
+from .watching import Look, Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +36,31 @@ TAIL_TIMEOUT = 5.0
 SAFE = ''.join(map(chr, range(0x20, 0x7F))).replace('%', '')  # in the id of an event, which is a line
 
 
-def add_views(app: StreamingApp) -> None:
-    """Add its endpoints to an app."""
+class Served(Protocol):
+    """What the endpoints show and use of an app."""
+
+    title: str
+    guard: Guard
+    watcher: Watcher
+    max_body: int
+    listeners: int
+    timeout: float
+    ending: bool
+
+    @property
+    def url(self) -> str:
+        """The URL of its database."""
+
+    @property
+    def consumers(self) -> list[ConsumerProcess]:
+        """The consumers that were started."""
+
+    def problems(self, look: Look | None = None) -> list[str]:
+        """What is not well, in words."""
+
+
+def add_views(blueprint: Blueprint, app: Served) -> None:
+    """Add the endpoints of an app to its blueprint."""
     views = _Views(app)
     for rule, view, method in (
         ('/', views.dashboard, 'GET'),
@@ -56,14 +78,14 @@ def add_views(app: StreamingApp) -> None:
         ('/dead/replay', views.replay, 'POST'),
         ('/dead/discard', views.discard, 'POST'),
     ):
-        app.add_url_rule(rule, view_func=view, methods=[method])
-    app.before_request(app.guard.check_host)
-    app.after_request(security.harden)
-    app.register_error_handler(Exception, _on_error)
+        blueprint.add_url_rule(rule, view_func=view, methods=[method])
+    blueprint.before_request(app.guard.check_host)
+    blueprint.after_request(security.harden)
+    blueprint.register_error_handler(Exception, _on_error)
 
 
 class _Views:
-    def __init__(self, app: StreamingApp) -> None:
+    def __init__(self, app: Served) -> None:
         self._app, self._guard, self._watcher = app, app.guard, app.watcher
         self._streams: dict[str, mb.Stream] = {}
         self._lock = threading.Lock()
