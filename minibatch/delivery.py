@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from bson import Binary
 from pymongo import MongoClient
@@ -19,14 +19,12 @@ from .abc import BulkSink, ExactlyOnceSink, WindowCommit
 from .beside import Beside
 from .connection import Target
 from .errors import ArgumentError, LeaseLostError, ServerError, WindowFailedError
+from .job import Job
 from .lease import Lease
 from .progress import Claim, Progress
 from .retention import Follower
 from .text import plain, plain_lines
 from .worker import Outcome, Work, load
-
-if TYPE_CHECKING:
-    from .window import WindowEmitter
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +40,14 @@ class Delivery:
     """Settles the outcomes of windows: sink, then commit; or the attempt counted, and at last a dead letter."""
 
     def __init__(
-        self, emitter: WindowEmitter, target: Target, taken: Lease, progress: Progress, follower: Follower,
+        self, job: Job, target: Target, taken: Lease, progress: Progress, follower: Follower,
         wake: Callable[[], None],
     ) -> None:  # fmt: skip
-        self._emitter, self._target, self._lease = emitter, target, taken
+        self._job, self._target, self._lease = job, target, taken
         self._progress, self._follower = progress, follower
         self._commits = Beside('minibatch-commit', target, self._commit, wake)
         self._late = Beside('minibatch-late', target, self._pass_all_on, wake)
-        sink = None if emitter.overrides('forward') else emitter.sink
+        sink = None if job.overrides('forward') else job.sink
         self._once = sink if isinstance(sink, ExactlyOnceSink) else None
         self._bulk = sink if isinstance(sink, BulkSink) else None
         self.held: dict[int, Outcome] = {}  # results that wait for the windows before them
@@ -95,7 +93,7 @@ class Delivery:
             claim = self._progress.open[outcome.number]
             if outcome.error:
                 failed[outcome.number] = outcome
-            elif self._emitter.ordered and not claim.replay:
+            elif self._job.ordered and not claim.replay:
                 self.held[outcome.number] = outcome
             else:
                 run.append((claim, outcome))
@@ -129,7 +127,7 @@ class Delivery:
         for claim, outcome in run[taken:]:
             if self._deliver(claim, outcome, committed, failed):
                 taken += 1
-            elif self._emitter.ordered and not claim.replay:
+            elif self._job.ordered and not claim.replay:
                 break
         return taken
 
@@ -192,22 +190,22 @@ class Delivery:
             window = self._commit_of(claim)
             functions.call(self._once.put_once, outcome.value, window)
             claim.committed = window.done
-        elif self._emitter.forwards:
+        elif self._job.forwards:
             with producer.Flushed():
-                functions.call(self._emitter.forward, outcome.value, keep=False)
+                functions.call(self._job.forward, outcome.value, keep=False)
 
     def _commit_of(self, claim: Claim) -> _Commit:
         return _Commit(self._target, claim.id, self._lease.epoch, self._note_session)
 
     def _note_session(self, session: Binary) -> None:
         if session not in self._sessions:
-            db, emitter = self._target.majority, self._emitter
-            ledger.note_session(db, emitter.stream_name, emitter.group, self._lease.epoch, session)
+            db, job = self._target.majority, self._job
+            ledger.note_session(db, job.stream_name, job.group, self._lease.epoch, session)
             self._sessions.add(session)
 
     def expired(self, count: int) -> None:
         """Count messages that were deleted before they were processed, and say so."""
-        logger.warning('%s: %d messages had expired before they were processed', self._emitter.name, count)
+        logger.warning('%s: %d messages had expired before they were processed', self._job.name, count)
         self._follower.count(expired_unprocessed=count)
 
     # --- what no function is called for
@@ -245,14 +243,14 @@ class Delivery:
 
     def _pass_on(self, claim: Claim) -> None:
         """Append late messages to the stream for them."""
-        emitter, late = self._emitter, self._emitter.late
+        job, late = self._job, self._job.late
         if late is None:
             return
         self._lease.check()
-        window = load(self._target, emitter.stream_name, Work.of(claim))
+        window = load(self._target, job.stream_name, Work.of(claim))
         late.append_aside(
-            (message.data, {'stream': emitter.stream_name, 'producer': message.producer, 'offset': message.offset,
-                            'time': emitter.time_of(message)})
+            (message.data, {'stream': job.stream_name, 'producer': message.producer, 'offset': message.offset,
+                            'time': job.time_of(message)})
             for message in window.messages
         )  # fmt: skip
 
@@ -267,13 +265,13 @@ class Delivery:
         now = self._lease.now()
         for claim in claims:
             if claim.picked and not claim.replay:
-                self._emitter.commit(claim.picked, claim.argument)
-                self._emitter.timestamp(claim.query_args)
+                self._job.commit(claim.picked, claim.argument)
+                self._job.timestamp(claim.query_args)
             self._progress.finished(claim.number)
             self._follower.count(**{'late': claim.n} if claim.aside else self._counts(claim, now))
         replayed = [claim.id for claim in claims if claim.replay]
         if replayed:
-            dead.drop(self._target.majority, replayed, windows=not self._emitter.keep)
+            dead.drop(self._target.majority, replayed, windows=not self._job.keep)
         self.committed += sum(not claim.aside for claim in claims)
         self.finished += len(claims)
 
@@ -293,7 +291,7 @@ class Delivery:
         final: dict[int, Outcome] = {}
         for number, outcome in failed.items():
             claim = self._progress.open[number]
-            last = outcome.by_function and claim.attempts - claim.tried >= self._emitter.max_attempts
+            last = outcome.by_function and claim.attempts - claim.tried >= self._job.max_attempts
             pause = 0.0 if last else _pause(claim)
             what = 'no attempt is left' if last else f'next attempt in {pause:.1f} s'
             why = plain_lines(f'{outcome.error}\n{outcome.traceback}'.rstrip())
@@ -307,7 +305,7 @@ class Delivery:
                 claim.attempts += 1
                 errors[claim.id] = outcome.error[:MAX_ERROR]
             if claim.picked and not claim.replay and not last:
-                self._emitter.undo(claim.picked, claim.argument)
+                self._job.undo(claim.picked, claim.argument)
         self._follower.count(retried=len(failed) - len(final))
         if errors:
             ledger.retry_windows(self._target.majority, errors, self._lease.epoch)
@@ -317,7 +315,7 @@ class Delivery:
     def _stop_or_bury(self, final: dict[int, Outcome]) -> None:
         """Make dead letters of windows; or, if that is what the user wants, stop, unless they were dead letters."""
         claims = [self._progress.open[number] for number in final]
-        stopping = [claim for claim in claims if self._emitter.on_error == 'stop' and not claim.replay]
+        stopping = [claim for claim in claims if self._job.on_error == 'stop' and not claim.replay]
         self._bury([claim for claim in claims if claim.replay or not stopping], final)
         if stopping:
             raise WindowFailedError(
@@ -331,7 +329,7 @@ class Delivery:
         db, now, fields = self._target.majority, self._lease.now(), {}
         for claim in claims:
             if not claim.replay:
-                dead.keep(db, self._emitter.stream_name, self._emitter.group, claim.id, claim.spans, now)
+                dead.keep(db, self._job.stream_name, self._job.group, claim.id, claim.spans, now)
             fields[claim.id] = _epitaph(claim, final[claim.number], now)
         processed = dead.fail(db, fields, self._lease.epoch)
         for claim in claims:
@@ -340,7 +338,7 @@ class Delivery:
                 self._committed([claim])
                 continue
             if claim.picked and not claim.replay:
-                self._emitter.commit(claim.picked, claim.argument)
+                self._job.commit(claim.picked, claim.argument)
             self._progress.finished(claim.number)
             self._follower.count(failed=1)
             self.finished += 1

@@ -276,10 +276,19 @@ class WindowEmitter:
 
     def stop(self, timeout: float = 60.0) -> None:
         """Claim no more windows, finish those in flight, and wait up to `timeout` seconds until that is done."""
-        self._stop = True
-        self._consumer.wake()
+        self.stop_soon()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
+
+    def stop_soon(self) -> None:
+        """Stop after what is in flight, without waiting for it."""
+        self._stop = True
+        self._consumer.inbox.wake()
+
+    @property
+    def is_told_to_stop(self) -> bool:
+        """Whether it was told to stop; unlike `should_stop` this looks at no queue."""
+        return self._stop
 
     def should_stop(self) -> bool:
         """Whether to stop: after `stop`, or when a true item came through the queue. Called again and again."""
@@ -299,7 +308,7 @@ class WindowEmitter:
 
     def check_portable(self) -> None:
         """Raise `PortabilityError`, naming the variable, if the function cannot be sent to a worker process."""
-        self._consumer.check_portable()
+        self._consumer.crew.check_portable()
 
     @property
     def name(self) -> str:
@@ -401,7 +410,7 @@ class WindowEmitter:
         """Nothing by default: the messages are not marked before they are committed."""
 
     def sleep(self) -> None:
-        self._consumer.wait()
+        self._consumer.inbox.wait()
 
 
 def _appends_to(fn: Any) -> Stream | None:

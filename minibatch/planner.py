@@ -13,14 +13,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bson.errors import InvalidBSON
 
 from . import clock, dead, ledger, signals, store
 from .connection import using
+from .crew import Crew
 from .delivery import Delivery
 from .errors import PortabilityError, WorkersError
+from .inbox import TICK, Inbox
+from .job import Job
 from .lease import Adoption, Lease
 from .marshaller import Portable
 from .models import Buffer, Stream
@@ -32,12 +35,8 @@ from .store import Span
 from .wakeup import listener
 from .worker import Outcome, Task, Work, cause_of_loss, failure
 
-if TYPE_CHECKING:
-    from .consumer import Consumer
-
 logger = logging.getLogger(__name__)
 
-TICK = 0.1
 LOOK_PAUSES = 0.002, 1.0
 REPLAY_PAUSE = 1.0
 LOOK_PAUSE_UNTOLD = 0.05
@@ -69,13 +68,16 @@ class _Stopped(Exception):
 class Planner:
     """The loop of the consumer that has the lease, from taking it to giving it up."""
 
-    def __init__(self, consumer: Consumer, taken: Lease) -> None:
-        self.consumer, self.emitter, self.lease = consumer, consumer.emitter, taken
-        self.stream: Stream = self.emitter.stream
+    def __init__(
+        self, job: Job, crew: Crew, inbox: Inbox, taken: Lease, should_stop: Callable[[], bool]
+    ) -> None:  # fmt: skip
+        self.job, self.lease = job, taken
+        self._crew, self._inbox, self._should_stop = crew, inbox, should_stop
+        self.stream: Stream = job.stream
         self.target = self.stream.target
-        self.name, self.group, self.epoch = self.emitter.stream_name, self.emitter.group, taken.epoch
+        self.name, self.group, self.epoch = self.job.stream_name, self.job.group, taken.epoch
         self.progress = Progress(0, 1, {})
-        self.follower = Follower(self.target, self.name, self.group, taken, self.emitter.keep)
+        self.follower = Follower(self.target, self.name, self.group, taken, self.job.keep)
         self._adoption = Adoption(self.target, self.name, new_id)
         self._news: deque[dict[str, Any]] = deque()
         self._begun: set[str] = set()  # producers whose next message is known to be stored
@@ -101,7 +103,7 @@ class Planner:
     def __enter__(self) -> Planner:
         with ExitStack() as stack:
             stack.callback(lambda: self.lease.release(clean=self._ended_well and not self._in_flight))
-            if self.emitter.picks:  # it asks the models for its messages
+            if self.job.picks:  # it asks the models for its messages
                 stack.enter_context(using(self.target, self.name))
             stack.callback(self.follower.close)
             stack.callback(self._abandon)
@@ -110,7 +112,7 @@ class Planner:
             self._recover()
             stack.callback(self.delivery.close)
             stack.enter_context(self._stall_watch())
-            if self.emitter.source is not None:
+            if self.job.source is not None:
                 stack.callback(lambda: self.stream.stop(AWAY_TIMEOUT if self.target.is_away else SOURCE_TIMEOUT))
                 self._tend_source()
             self._on_exit = stack.pop_all()
@@ -129,14 +131,14 @@ class Planner:
         def look() -> tuple[int, int]:
             return 0 if self.target.is_away else len(self.progress.open), self.delivery.finished
 
-        return StallWatch(self.emitter.name, self.target, self.emitter.stall_after, look, report)
+        return StallWatch(self.job.name, self.target, self.job.stall_after, look, report)
 
     def _drain(self) -> None:
         """After an error, let tasks in flight come to their end: this process may soon do their windows again."""
         deadline = time.monotonic() + STOP_TIMEOUT
-        while self._drains and self._in_flight and time.monotonic() < deadline and not self.emitter._stop:
-            self.consumer.wait(TICK)
-            for task, _ in self.consumer.finished_tasks():
+        while self._drains and self._in_flight and time.monotonic() < deadline and not self.job.is_told_to_stop:
+            self._inbox.wait(TICK)
+            for task, _ in self._inbox.finished():
                 self._in_flight.pop(id(task), None)
 
     def _abandon(self) -> None:
@@ -150,9 +152,9 @@ class Planner:
         """Process windows until told to stop, then finish what is in flight; or until all is `done`."""
         self._may_stop = True
         with suppress(_Stopped):
-            while not (self.done or self.consumer.should_stop()):
+            while not (self.done or self._should_stop()):
                 if self.target.is_away:
-                    self.consumer.wait(TICK)
+                    self._inbox.wait(TICK)
                     continue
                 if until_done and not self._at_end:
                     self._see_the_end()
@@ -160,23 +162,23 @@ class Planner:
                     self._rest()
         deadline = time.monotonic() + STOP_TIMEOUT
         while (self._in_flight or self.delivery.under_way) and time.monotonic() < deadline and not self.target.is_away:
-            self.consumer.wait(TICK)
+            self._inbox.wait(TICK)
             self._collect()
         if self.target.is_away:
             return
         if self._in_flight:
-            logger.warning('%s: %d tasks not finished in %g s; their windows stay open', self.consumer,
+            logger.warning('%s: %d tasks not finished in %g s; their windows stay open', self.job.name,
                            len(self._in_flight), STOP_TIMEOUT)  # fmt: skip
         self._follow(wait=FOLLOW_TIMEOUT)
 
     def check_stop(self) -> None:
         """Called in whatever takes long between two turns of the loop: raises if it is told to stop."""
-        if self._may_stop and self.consumer.should_stop():
+        if self._may_stop and self._should_stop():
             raise _Stopped
 
     def _see_the_end(self) -> None:
         """Look for the last time, if nobody is known who will still append."""
-        source, feeders = self.emitter.source, self.emitter.fed_by
+        source, feeders = self.job.source, self.job.fed_by
         if all(feeder.is_set() for feeder in feeders) and (source is None or self.stream.has_ended(source)):
             self._look(self.lease.now())
             self._at_end = True
@@ -201,7 +203,7 @@ class Planner:
             under_way = bool(self._in_flight) or self.delivery.under_way
             if not (planned or under_way or self._collect()):  # else results that were held are delivered now
                 break
-            self.consumer.wait(TICK if under_way else 0)
+            self._inbox.wait(TICK if under_way else 0)
             self._collect()
             for number, claim in self.progress.open.items():
                 if claim.suspect and claim.failures == 1 and number not in self._dispatched:
@@ -211,20 +213,20 @@ class Planner:
 
     def _wait_for_workers(self) -> None:
         deadline = time.monotonic() + WORKERS_TIMEOUT
-        while not (self.consumer.at_once or self._in_flight):
+        while not (self._crew.at_once or self._in_flight):
             if time.monotonic() > deadline:
-                executor = self.consumer.executor
+                executor = self._crew.executor
                 raise WorkersError(f'{executor!r} has had no workers that fit for {WORKERS_TIMEOUT:g} s; start some')
-            self.consumer.wait(TICK)
+            self._inbox.wait(TICK)
 
     def _miss_workers(self) -> None:
         """Say once that there are no workers, when there were none for a while."""
-        if self.consumer.at_once:
+        if self._crew.at_once:
             self._workers_missed = None
         elif self._workers_missed is None:
             self._workers_missed = time.monotonic() + WORKERS_PATIENCE
         elif time.monotonic() > self._workers_missed:
-            logger.warning('%s: waiting for workers, %r has none that fit', self.consumer, self.consumer.executor)
+            logger.warning('%s: waiting for workers, %r has none that fit', self.job.name, self._crew.executor)
             self._workers_missed = float('inf')
 
     def _turn(self) -> bool:
@@ -249,11 +251,11 @@ class Planner:
 
     def _rest(self) -> None:
         """Wait for a task to finish, an append, the next window to be due, or the next look at the log."""
-        if self.emitter.picks and self.emitter.overrides('sleep') and not (self._in_flight or self.delivery.under_way):
-            self.emitter.sleep()
+        if self.job.picks and self.job.overrides('sleep') and not (self._in_flight or self.delivery.under_way):
+            self.job.sleep()
             self._look_at = 0.0
             return
-        if not self._listening and self.emitter.wakes_on_append:
+        if not self._listening and self.job.wakes_on_append:
             listener(self.target).add(self, self.name, self._appended)
             self._listening = True
             self._heard, self._heard_since = 0, time.monotonic()
@@ -264,14 +266,14 @@ class Planner:
             until.append((due - self.lease.now()).total_seconds())
         now = time.monotonic()
         until += [claim.not_before - now for claim in self.progress.open.values() if claim.not_before > now]
-        self.consumer.wait(max(min(until), 0.001))
+        self._inbox.wait(max(min(until), 0.001))
 
     def _next_due(self) -> datetime | None:
-        return self.emitter.next_due() if self._has_room and not self._at_end else None
+        return self.job.next_due() if self._has_room and not self._at_end else None
 
     def _tend_source(self) -> None:
         """Start the source, and note how it is; one that was told to end may still run, so this is asked again."""
-        source = self.emitter.source
+        source = self.job.source
         if source is None:
             return
         if self.stream.wants_source(source):
@@ -282,7 +284,7 @@ class Planner:
 
     def _appended(self, record: dict[str, Any]) -> None:
         self._news.append(record)
-        self.consumer.wake()
+        self._inbox.wake()
 
     def _hear(self) -> None:
         """Take note of what was appended; where that is not what follows on what is known, look at the log."""
@@ -298,7 +300,7 @@ class Planner:
             self._heard += 1
             producer, offset = record.get('producer', ''), record.get('offset')
             known = self.log.ends.get(producer)
-            if known is None or offset is None or offset > known or self.emitter.picks:
+            if known is None or offset is None or offset > known or self.job.picks:
                 self._look_at, self._look_pause = 0.0, LOOK_PAUSES[0]
             else:
                 self.log.ends[producer] = max(known, offset + record.get('n', 1))
@@ -324,24 +326,24 @@ class Planner:
             if not started:
                 positions = self._first_positions(positions)
         ledger.sweep_windows(db, self.name, self.group, number, self.lease.now())
-        dead.sweep(db, self.name, self.group, self.emitter.keep)
+        dead.sweep(db, self.name, self.group, self.job.keep)
         self.progress = Progress.resume(
-            windows, number, following, positions, *self._marks(doc, windows), follows=not self.emitter.assigns
+            windows, number, following, positions, *self._marks(doc, windows), follows=not self.job.assigns
         )
         self.delivery = Delivery(
-            self.emitter, self.target, self.lease, self.progress, self.follower, self.consumer.wake
+            self.job, self.target, self.lease, self.progress, self.follower, self._inbox.wake
         )
-        if self.emitter.picks:
+        if self.job.picks:
             for claim in self.progress.found:
                 self._pick_again(claim)
                 if claim.number not in self.progress.open:  # its messages may not have been acknowledged
-                    self.emitter.commit(claim.picked, None)
+                    self.job.commit(claim.picked, None)
         self.log = LogView(self)
         self.follower.resume(positions, ledger.read_cleaned(db, self.name, self.group))
 
     def _marks(self, doc: dict[str, Any], windows: list[dict[str, Any]]) -> list[datetime | None]:
         """The frontier and the watermark, if they are of the time that the windows are of now."""
-        event = self.emitter.event_time
+        event = self.job.event_time
         for window in windows:
             if window.get('event', False) != event:
                 window.pop('frontier', None)
@@ -366,8 +368,8 @@ class Planner:
         """Where a new group begins."""
         db = self.target.majority
         # A zombie of a group that was deleted may still write positions of its own.
-        if self.emitter.start_at == 'latest' or self.lease.doc.get('deleted'):
-            positions = ledger.offsets_at(db, self.name, self.emitter.start_at)
+        if self.job.start_at == 'latest' or self.lease.doc.get('deleted'):
+            positions = ledger.offsets_at(db, self.name, self.job.start_at)
             ledger.write_positions(db, self.name, self.group, self.epoch, positions)
         ledger.start_group(db, self.name, self.group, self.epoch)
         return positions
@@ -385,7 +387,7 @@ class Planner:
     def _look(self, now: datetime) -> None:
         """See how far the producers have come; `now` is before that."""
         db = self.target.majority
-        if time.monotonic() >= self._adopt_at and not self.emitter.picks:
+        if time.monotonic() >= self._adopt_at and not self.job.picks:
             self._adoption.run()
             self._adopt_at = time.monotonic() + ADOPTION_PAUSE
         begun, before, ends = time.monotonic(), self.log.ends, store.log_ends(db, self.name)
@@ -397,7 +399,7 @@ class Planner:
             self._begun.intersection_update(ends)
         self._new = self._new or ends != before
         pause, many = self._pause_after_look(news=ends != before), len(ends) > MANY and ends == before
-        told = not self.emitter.wakes_on_append or self._is_told
+        told = not self.job.wakes_on_append or self._is_told
         self._look_at = time.monotonic() + max(pause, took * PAUSES_PER_LOOK[not told] if many else 0.0)
 
     def _begin(self, producers: list[str]) -> None:
@@ -426,7 +428,7 @@ class Planner:
             self.delivery.expired(skipped)
 
     def _take_replays(self) -> None:
-        room = max(self.consumer.at_once // 2, 1) - sum(claim.replay for claim in self.progress.open.values())
+        room = max(self._crew.at_once // 2, 1) - sum(claim.replay for claim in self.progress.open.values())
         if room < 1 or time.monotonic() < self._replay_at:
             return
         windows = dead.take_replays(self.target.majority, self.name, self.group, self.epoch, room)
@@ -435,12 +437,12 @@ class Planner:
         for window in windows:
             claim = Claim.stored(window)
             self.progress.claim(claim)
-            if self.emitter.picks:
+            if self.job.picks:
                 self._pick_again(claim)
 
     def _pause_after_look(self, news: bool) -> float:
         """Short while messages come, growing while none do, up to what the change stream allows."""
-        if not self.emitter.wakes_on_append:
+        if not self.job.wakes_on_append:
             return LOOK_PAUSES[1]  # it looks when a window is due
         if self._is_told:
             self._look_pause = min(self._look_pause * 2, LOOK_PAUSES[1])
@@ -459,7 +461,7 @@ class Planner:
             return False
         begun = time.monotonic()
         planned = self._plan(now)
-        many = len(self.log.ends) > MANY and not self.emitter.picks
+        many = len(self.log.ends) > MANY and not self.job.picks
         took = time.monotonic() - begun if many else 0.0
         self._new = planned
         self._plan_at = time.monotonic() + took * PAUSES_PER_PLAN
@@ -469,16 +471,16 @@ class Planner:
         """Claim the windows that are due, as many as are needed to keep the executor busy; returns whether there were
         any, or there is more to read."""
         self.lease.check()
-        wanted = min(self.consumer.at_once * self._windows_per_task, CLAIM_WINDOWS)
+        wanted = min(self._crew.at_once * self._windows_per_task, CLAIM_WINDOWS)
         busy = self._dispatched | self.delivery.busy
         new = [claim for claim in self.progress.open.values() if not claim.replay]
         waiting = sum(1 for claim in new if not claim.not_before and claim.number not in busy)
         limit = min(wanted - waiting, MAX_OPEN - len(new))
         self._has_room = limit > wanted // 2
-        if self.emitter.picks:
+        if self.job.picks:
             plans = self._picked() if not (new or self._finishing) else []
         elif self._has_room:
-            plan = self.emitter.finish if self._finishing else self.emitter.plan
+            plan = self.job.finish if self._finishing else self.job.plan
             plans = plan(self.log, now, limit)
         else:
             return False
@@ -491,7 +493,7 @@ class Planner:
             for number, plan in enumerate(plans, self.progress.next_number)
         ]
         documents = [claim.document(self.name, self.group, self.epoch) for claim in claims]
-        if self.emitter.picks:
+        if self.job.picks:
             documents = [{**doc, 'picked': True} for doc in documents]
         if documents:
             ledger.claim_windows(self.target.majority, documents, self.epoch)
@@ -503,13 +505,13 @@ class Planner:
         """The next window of an emitter that picks messages, which must lie in the log one by one."""
         self._unbatch()
         try:
-            plan = self.emitter.pick()
+            plan = self.job.pick()
         except Exception as exc:
             if isinstance(exc, InvalidBSON) and (unreadable := self._unreadable()):
                 return unreadable
             if not self._unbatch():  # else a record batch came in between, which the emitter cannot read
                 raise
-            plan = self.emitter.pick()
+            plan = self.job.pick()
         return [] if plan is None else [plan]
 
     def _unreadable(self) -> list[WindowPlan]:
@@ -545,7 +547,7 @@ class Planner:
         ]
         started = self._set_aside([claim for claim in ready if claim.aside], tried)
         ready = [claim for claim in ready if not claim.aside]
-        if self.emitter.ordered:
+        if self.job.ordered:
             ready = self.delivery.in_order(ready, len(self._dispatched))
         suspects = [claim for claim in ready if claim.suspect]
         if suspects and not self._in_flight:
@@ -553,7 +555,7 @@ class Planner:
             ready = suspects[:1]
         elif suspects or self._alone is not None:
             return started  # a suspect runs with nothing beside it, so that only the guilty one dies again
-        free = self.consumer.at_once - len(self._in_flight)
+        free = self._crew.at_once - len(self._in_flight)
         while ready and free > 0:
             claims = self._next_task(ready, free)
             ready, free = ready[len(claims) :], free - 1
@@ -585,7 +587,7 @@ class Planner:
     @property
     def _windows_per_task(self) -> int:
         """So many that a task takes a while."""
-        seconds = self.consumer._seconds_per_window
+        seconds = self._crew.seconds_per_window
         return 1 if seconds is None else max(1, min(int(TASK_SECONDS / max(seconds, 1e-6)), TASK_WINDOWS))
 
     def _start(self, claims: list[Claim]) -> None:
@@ -593,20 +595,20 @@ class Planner:
         claims = [claim for claim in claims if self._is_prepared(claim)]
         if not claims:
             return
-        works = [Work.of(claim, self.emitter.picks) for claim in claims]
-        task = Task(self.target, self.name, self.consumer._fn, works, self.emitter.forwards, self.consumer.limit)
-        if self.emitter.overrides('emit'):
-            task.fn = Portable(self.emitter.emit)
+        works = [Work.of(claim, self.job.picks) for claim in claims]
+        task = Task(self.target, self.name, self._crew.function, works, self.job.forwards, self._crew.limit)
+        if self.job.overrides('emit'):
+            task.fn = Portable(self.job.emit)
             self._await(task, _Done(task()))
         else:
-            self._await(task, self.consumer.executor.submit(task))
+            self._await(task, self._crew.executor.submit(task))
 
     def _is_prepared(self, claim: Claim) -> bool:
         """Let an emitter that picks messages make what its function is called with; what it raises is an attempt."""
-        if not (self.emitter.picks and claim.readable):
+        if not (self.job.picks and claim.readable):
             return True
         try:
-            claim.argument = self.emitter.prepare(claim.picked)
+            claim.argument = self.job.prepare(claim.picked)
         except BaseException as exc:
             if signals.is_signal(exc):
                 raise
@@ -617,7 +619,7 @@ class Planner:
         return True
 
     def _await(self, task: Task, completion: Any) -> None:
-        completion.add_done_callback(lambda done: self.consumer.wake((task, done)))
+        completion.add_done_callback(lambda done: self._inbox.wake((task, done)))
         self._in_flight[id(task)] = task, completion
         self._dispatched.update(work.number for work in task.works)
 
@@ -627,7 +629,7 @@ class Planner:
         """Take the outcomes of finished tasks to where they belong; returns whether there were any."""
         self._late.clear()
         # All at once: what is not looked at because of an error on the way is no longer in flight either.
-        finished = [item for item in self.consumer.finished_tasks() if self._in_flight.pop(id(item[0]), None)]
+        finished = [item for item in self._inbox.finished() if self._in_flight.pop(id(item[0]), None)]
         outcomes = [outcome for task, completion in finished for outcome in self._outcomes(task, completion)]
         for outcome in outcomes:
             self._dispatched.discard(outcome.number)
@@ -659,13 +661,12 @@ class Planner:
                 raise
             return self._lost(task, exc, alone)
         seconds = sum(outcome.seconds for outcome in outcomes) / len(outcomes)
-        known = self.consumer._seconds_per_window
-        self.consumer._seconds_per_window = seconds if known is None else 0.7 * known + 0.3 * seconds
+        self._crew.measured(seconds)
         return outcomes
 
     def _lost(self, task: Task, exc: BaseException, alone: bool) -> list[Outcome]:
         """The windows of a worker that died: one that took too long is to blame, else one that ran alone."""
-        limit = self.consumer.limit
+        limit = self._crew.limit
         if limit is not None:
             self._late.update(limit.exceeded())
         error, outcomes = cause_of_loss(exc), []
@@ -677,7 +678,7 @@ class Planner:
             self.progress.open[work.number].suspect = not self._late
             outcomes.append(Outcome(work.number, error=error, by_function=alone, lost=True))
         if not alone:
-            logger.warning('%s: a worker was lost with %d windows, which are run again: %s', self.emitter.name,
+            logger.warning('%s: a worker was lost with %d windows, which are run again: %s', self.job.name,
                            len(task.works), error)  # fmt: skip
         return outcomes
 
@@ -685,7 +686,7 @@ class Planner:
 
     def _follow(self, wait: float | None = 0.0) -> None:
         """Let positions and deletions follow the commits, in the background; see `Follower.follow`."""
-        if self.emitter.picks:
+        if self.job.picks:
             self.follower.follow({}, self.progress.number, self.progress.marks, wait)
             return
         if wait != 0 or (self._unfollowed and self.follower.is_due()):

@@ -340,5 +340,5 @@ class _Group:
 
     def _call(self, window: MessageWindow) -> Any:
         own = self._emitter.overrides('emit')
-        fn = self._emitter.emit if own else self._emitter._consumer._fn
+        fn = self._emitter.emit if own else self._emitter._consumer.crew.function
         return shown(None if fn is None else functions.call(fn, window), window)

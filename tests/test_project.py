@@ -27,7 +27,7 @@ LEVELS = {
     2: {'backlog', 'settings', 'lease', 'messages', 'models', 'groups', 'producer', 'named',
         'attached', 'tail'},
     3: {'assign', 'away', 'edges', 'emitter', 'kinds', 'progress', 'retention', 'stall', 'wakeup', 'window', 'consumer',
-        'planner', 'delivery', 'beside', 'worker', 'executors', 'overview'},
+        'planner', 'delivery', 'beside', 'worker', 'executors', 'overview', 'job', 'inbox', 'crew'},
     4: {'api', 'cli', 'demo', 'testing', 'contracts', 'contrib', '', '__main__'},
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
@@ -37,7 +37,7 @@ MAY_HOLD_OPERATORS = {
     'store', 'ledger', 'dead', 'contrib.mongodb.sink', 'contrib.mongodb.polling', 'contrib.mongodb.changes',
 }
 DBREF_FIELDS = {'$ref', '$id', '$db'}  # names inside a value, which tell MongoDB to do nothing
-PUBLIC_TO_CONTRIB = {'', 'abc', 'connection', 'errors', 'functions', 'jsontext', 'marshaller', 'contrib'}
+PUBLIC_TO_CONTRIB = {'', 'abc', 'connection', 'errors', 'functions', 'jsontext', 'marshaller', 'named', 'contrib'}
 
 
 def room(module):
@@ -57,24 +57,11 @@ def find_modules(package):
 
 
 def imported_modules(module, path, known):
-    """The modules of this package that a file imports, also inside its functions.
-
-    What it imports `if TYPE_CHECKING:` never runs, so an annotation may name a class of any level.
-    """
+    """The modules of this package that a file imports, also inside its functions and `if TYPE_CHECKING:`."""
     package = ['minibatch', *filter(None, module.split('.'))]
     if path.name != '__init__.py':
         package.pop()
-    tree = ast.parse(path.read_text(encoding='utf-8'))
-    hints_only = {
-        id(node)
-        for test in ast.walk(tree)
-        if isinstance(test, ast.If) and ast.unparse(test.test) in ('TYPE_CHECKING', 'typing.TYPE_CHECKING')
-        for branch in test.body
-        for node in ast.walk(branch)
-    }
-    for node in ast.walk(tree):
-        if id(node) in hints_only:
-            continue
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -471,7 +471,7 @@ def test_windows_of_100_interleaved_keys_read_each_record_batch_about_as_often_a
         stream.append_many({'at': at, 'key': at % 100} for at in range(start, start + 1000))
     stream.append_many([{'at': 20_000, 'key': 0}])
     emitter = emitter_of(stream, timestamp='at', interval=20_000, key='key', workers=1)
-    emitter._consumer._seconds_per_window = 1e-5  # as known after the first tasks
+    emitter._consumer.crew.seconds_per_window = 1e-5  # as known after the first tasks
     assert emitter._run_once() == 100
     assert max(reads.values()) <= 10
 
