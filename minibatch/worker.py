@@ -372,18 +372,24 @@ class Pool:
         """
         executor, workers = self._executor, list((self._executor._processes or {}).values())
         at_once = kind is not None or bool(self._pending)
-        ending = threading.Thread(target=executor.shutdown, kwargs={'kill_workers': at_once}, daemon=True)
-        ending.start()
+        ended = threading.Event()  # a join that a signal interrupts may take a thread for ended that is not
+
+        def end() -> None:
+            try:
+                executor.shutdown(kill_workers=at_once)
+            finally:
+                ended.set()
+
         try:
-            ending.join(END_TIMEOUT)
-            if ending.is_alive():
+            threading.Thread(target=end, daemon=True).start()
+            if not ended.wait(END_TIMEOUT):
                 logger.warning('workers did not end within %g s, and are killed; a function may have left a thread '
                                'that is no daemon', END_TIMEOUT)  # fmt: skip
         finally:
-            for worker in workers if ending.is_alive() else ():
+            for worker in () if ended.is_set() else workers:
                 with suppress(ProcessLookupError, psutil.NoSuchProcess):
                     _kill(worker.pid)
-            ending.join(END_TIMEOUT)
+            ended.wait(END_TIMEOUT)
 
 
 def _kill(pid: int) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -421,6 +422,32 @@ def test_a_pool_ends_also_when_a_function_has_left_a_thread(monkeypatch, caplog)
         pid = pool.submit(leaves_a_thread).result(60)
     eventually(lambda: not psutil.pid_exists(pid), message='the worker lives on')
     assert 'workers did not end' in caplog.text
+
+
+def test_a_signal_while_workers_end_kills_those_that_do_not():
+    workers = []
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    def interrupt_end(executor):
+        eventually(lambda: executor._flags.shutdown)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    def run():
+        with Pool(1, None) as pool:
+            workers.append(psutil.Process(pool.submit(leaves_a_thread).result(60)))
+            threading.Thread(target=interrupt_end, args=(pool._executor,)).start()
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        eventually(lambda: not workers[0].is_running(), message='the worker lives on')
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        with suppress(psutil.NoSuchProcess):
+            workers[0].kill()
 
 
 def test_a_worker_ends_by_itself_when_a_function_has_left_a_pool_of_processes_open(monkeypatch, caplog):
