@@ -62,7 +62,8 @@ DRAWING = drawing()
 
 @pytest.mark.parametrize('name', DRAWING.KINDS)
 def test_the_picture_of_a_window_is_what_minibatch_makes_now(name):
-    assert (DOCS / 'windows' / f'{name}.svg').read_text(encoding='utf-8') == DRAWING.picture(DRAWING.KINDS[name])
+    committed = (DOCS / 'windows' / f'{name}.svg').read_text(encoding='utf-8')
+    assert committed == DRAWING.picture(DRAWING.KINDS[name]), 'run: python docs/draw_windows.py'
 
 
 def test_the_guide_shows_each_picture():
