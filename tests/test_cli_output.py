@@ -46,9 +46,10 @@ def test_no_command_minds_that_it_has_no_standard_streams(files, monkeypatch, cl
                 getattr(sys, name).close()
         codes[words] = ended.value.code or 0
     assert set(codes.values()) <= {0, 1, 2, 3}
+    del codes['server status']  # another test may have started the server of this run
     assert [words for words, code in codes.items() if code == 0] == [
-        words for words in COMMANDS if not words.startswith(
-            ('dead show', 'groups reset', f'append {NAME} BAD', f'lag {NAME}x', 'server', 'nonsense', 'run')
+        words for words in codes if not words.startswith(
+            ('dead show', 'groups reset', f'append {NAME} BAD', f'lag {NAME}x', 'nonsense', 'run')
         ) and (words != f'append {NAME}' or 'stdin' not in closed)
     ]  # fmt: skip
     if closed == ('stdin',):
