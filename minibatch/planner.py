@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 from typing import Any
@@ -21,19 +21,19 @@ from . import clock, dead, ledger, signals, store
 from .connection import using
 from .crew import Crew
 from .delivery import Delivery
-from .errors import PortabilityError, WorkersError
+from .dispatch import Dispatch
+from .errors import WorkersError
 from .inbox import TICK, Inbox
 from .job import Job
 from .lease import Adoption, Lease
-from .marshaller import Portable
 from .models import Buffer, Stream
 from .producer import new_id
-from .progress import Claim, Log, Progress, WindowPlan
+from .progress import Claim, Progress, WindowPlan
+from .reading import LogView
 from .retention import Follower
 from .stall import StallWatch
 from .store import Span
 from .wakeup import listener
-from .worker import Outcome, Task, Work, cause_of_loss, failure
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +46,12 @@ PAUSES_PER_PLAN = 100.0
 LOOK_PAUSE_BUSY = 0.01
 ADOPTION_PAUSE = 1.0
 LISTEN_RATE = 1000.0
-TASK_SECONDS = 0.05
-TASK_WINDOWS = 200
-TASK_MESSAGES = 20_000
 CLAIM_WINDOWS = 1000
 MAX_OPEN = 5000
 STOP_TIMEOUT = 30.0
 FOLLOW_TIMEOUT = 5.0
 SOURCE_TIMEOUT = 10.0
 AWAY_TIMEOUT = 1.0
-STOP_CHECK = 100_000  # messages whose times are read before it is asked again whether to stop
 WORKERS_TIMEOUT = 60.0
 WORKERS_PATIENCE = 5.0
 SOURCE_ERROR_KEPT = 1000
@@ -81,8 +77,6 @@ class Planner:
         self._adoption = Adoption(self.target, self.name, new_id)
         self._news: deque[dict[str, Any]] = deque()
         self._begun: set[str] = set()  # producers whose next message is known to be stored
-        self._in_flight: dict[int, tuple[Task, Any]] = {}  # and its completion
-        self._dispatched: set[int] = set()
         self._plan_at = 0.0  # when to plan again, unless there is something new
         self._new = self._unfollowed = True  # for the next plan; and for what follows the commits
         self._look_at = self._adopt_at = self._replay_at = 0.0
@@ -95,21 +89,19 @@ class Planner:
         self._unbatched: dict[str, int] = {}
         self._ended_well = self._drains = False
         self._may_stop = False  # in the middle of planning
-        self._alone: Claim | None = None
         self._workers_missed: float | None = None
         self._source_error = ''  # as the group's document has it
-        self._late: dict[int, str] = {}  # windows that took too long, of the pool that broke just now
 
     def __enter__(self) -> Planner:
         with ExitStack() as stack:
-            stack.callback(lambda: self.lease.release(clean=self._ended_well and not self._in_flight))
+            stack.callback(lambda: self.lease.release(clean=self._ended_well and not self._dispatch.in_flight))
             if self.job.picks:  # it asks the models for its messages
                 stack.enter_context(using(self.target, self.name))
             stack.callback(self.follower.close)
-            stack.callback(self._abandon)
+            self._recover()
+            stack.callback(self._dispatch.abandon)
             stack.callback(self._drain)
             stack.callback(listener(self.target).remove, self)
-            self._recover()
             stack.callback(self.delivery.close)
             stack.enter_context(self._stall_watch())
             if self.job.source is not None:
@@ -136,15 +128,11 @@ class Planner:
     def _drain(self) -> None:
         """After an error, let tasks in flight come to their end: this process may soon do their windows again."""
         deadline = time.monotonic() + STOP_TIMEOUT
-        while self._drains and self._in_flight and time.monotonic() < deadline and not self.job.is_told_to_stop:
+        while self._drains and self._dispatch.in_flight and time.monotonic() < deadline:
+            if self.job.is_told_to_stop:
+                return
             self._inbox.wait(TICK)
-            for task, _ in self._inbox.finished():
-                self._in_flight.pop(id(task), None)
-
-    def _abandon(self) -> None:
-        """Cancel what is still in flight, where that is possible."""
-        for _, completion in self._in_flight.values():
-            getattr(completion, 'cancel', lambda: None)()
+            self._dispatch.forget_finished()
 
     # --- the loop
 
@@ -161,20 +149,25 @@ class Planner:
                 if not self._turn() and not self._finish():
                     self._rest()
         deadline = time.monotonic() + STOP_TIMEOUT
-        while (self._in_flight or self.delivery.under_way) and time.monotonic() < deadline and not self.target.is_away:
+        while self._is_under_way and time.monotonic() < deadline and not self.target.is_away:
             self._inbox.wait(TICK)
             self._collect()
         if self.target.is_away:
             return
-        if self._in_flight:
+        if self._dispatch.in_flight:
             logger.warning('%s: %d tasks not finished in %g s; their windows stay open', self.job.name,
-                           len(self._in_flight), STOP_TIMEOUT)  # fmt: skip
+                           len(self._dispatch.in_flight), STOP_TIMEOUT)  # fmt: skip
         self._follow(wait=FOLLOW_TIMEOUT)
 
     def check_stop(self) -> None:
         """Called in whatever takes long between two turns of the loop: raises if it is told to stop."""
         if self._may_stop and self._should_stop():
             raise _Stopped
+
+    @property
+    def _is_under_way(self) -> bool:
+        """Whether windows are with the executor, or being delivered."""
+        return bool(self._dispatch.in_flight) or self.delivery.under_way
 
     def _see_the_end(self) -> None:
         """Look for the last time, if nobody is known who will still append."""
@@ -185,7 +178,7 @@ class Planner:
 
     def _finish(self) -> bool:
         """When all is done up to the end, emit what is open, and when that is done, too, be done."""
-        if not self._at_end or self.progress.open or self._in_flight or self.delivery.under_way:
+        if not self._at_end or self.progress.open or self._is_under_way:
             return False
         self.done, self._finishing = self._finishing, True
         return True
@@ -199,21 +192,21 @@ class Planner:
             self._wait_for_workers()
             self._take_replays()
             planned = self._plan(now)
-            self._dispatch(tried)
-            under_way = bool(self._in_flight) or self.delivery.under_way
+            self._dispatch.dispatch(tried)
+            under_way = self._is_under_way
             if not (planned or under_way or self._collect()):  # else results that were held are delivered now
                 break
             self._inbox.wait(TICK if under_way else 0)
             self._collect()
             for number, claim in self.progress.open.items():
-                if claim.suspect and claim.failures == 1 and number not in self._dispatched:
+                if claim.suspect and claim.failures == 1 and number not in self._dispatch.busy:
                     tried.discard(number)  # its worker died; once more, alone
         self._follow(wait=None)
         return self.delivery.committed
 
     def _wait_for_workers(self) -> None:
         deadline = time.monotonic() + WORKERS_TIMEOUT
-        while not (self._crew.at_once or self._in_flight):
+        while not (self._crew.at_once or self._dispatch.in_flight):
             if time.monotonic() > deadline:
                 executor = self._crew.executor
                 raise WorkersError(f'{executor!r} has had no workers that fit for {WORKERS_TIMEOUT:g} s; start some')
@@ -245,13 +238,13 @@ class Planner:
         self._new = self._new or collected or is_due or self._at_end
         self._unfollowed = self._unfollowed or self._new
         planned = self._plan_anew(now)
-        dispatched = self._dispatch()
+        dispatched = self._dispatch.dispatch()
         self._follow()
         return collected or planned or dispatched
 
     def _rest(self) -> None:
         """Wait for a task to finish, an append, the next window to be due, or the next look at the log."""
-        if self.job.picks and self.job.overrides('sleep') and not (self._in_flight or self.delivery.under_way):
+        if self.job.picks and self.job.overrides('sleep') and not self._is_under_way:
             self.job.sleep()
             self._look_at = 0.0
             return
@@ -333,12 +326,13 @@ class Planner:
         self.delivery = Delivery(
             self.job, self.target, self.lease, self.progress, self.follower, self._inbox.wake
         )
+        self._dispatch = Dispatch(self.job, self._crew, self._inbox, self.lease, self.progress, self.delivery)
         if self.job.picks:
             for claim in self.progress.found:
                 self._pick_again(claim)
                 if claim.number not in self.progress.open:  # its messages may not have been acknowledged
                     self.job.commit(claim.picked, None)
-        self.log = LogView(self)
+        self.log = LogView(self.target, self.name, self.progress, self.check_stop, self.delivery.expired)
         self.follower.resume(positions, ledger.read_cleaned(db, self.name, self.group))
 
     def _marks(self, doc: dict[str, Any], windows: list[dict[str, Any]]) -> list[datetime | None]:
@@ -448,7 +442,7 @@ class Planner:
             self._look_pause = min(self._look_pause * 2, LOOK_PAUSES[1])
             return self._look_pause
         self._look_pause = LOOK_PAUSES[0] if news else min(self._look_pause * 2, LOOK_PAUSE_UNTOLD)
-        return LOOK_PAUSE_BUSY if self._in_flight else self._look_pause
+        return LOOK_PAUSE_BUSY if self._dispatch.in_flight else self._look_pause
 
     @property
     def _is_told(self) -> bool:
@@ -471,8 +465,8 @@ class Planner:
         """Claim the windows that are due, as many as are needed to keep the executor busy; returns whether there were
         any, or there is more to read."""
         self.lease.check()
-        wanted = min(self._crew.at_once * self._windows_per_task, CLAIM_WINDOWS)
-        busy = self._dispatched | self.delivery.busy
+        wanted = min(self._crew.at_once * self._dispatch.windows_per_task, CLAIM_WINDOWS)
+        busy = self._dispatch.busy | self.delivery.busy
         new = [claim for claim in self.progress.open.values() if not claim.replay]
         waiting = sum(1 for claim in new if not claim.not_before and claim.number not in busy)
         limit = min(wanted - waiting, MAX_OPEN - len(new))
@@ -534,153 +528,12 @@ class Planner:
             self._unbatched[producer] = end
         return count
 
-    # --- dispatch
-
-    def _dispatch(self, tried: set[int] | None = None) -> bool:
-        """Give open windows to the executor, in order, several small ones in a task; in flight is bounded."""
-        now = time.monotonic()
-        busy = self._dispatched | self.delivery.busy | (tried or set())
-        ready = [
-            claim
-            for number, claim in sorted(self.progress.open.items())
-            if number not in busy and claim.not_before <= now
-        ]
-        started = self._set_aside([claim for claim in ready if claim.aside], tried)
-        ready = [claim for claim in ready if not claim.aside]
-        if self.job.ordered:
-            ready = self.delivery.in_order(ready, len(self._dispatched))
-        suspects = [claim for claim in ready if claim.suspect]
-        if suspects and not self._in_flight:
-            self._alone = suspects[0]
-            ready = suspects[:1]
-        elif suspects or self._alone is not None:
-            return started  # a suspect runs with nothing beside it, so that only the guilty one dies again
-        free = self._crew.at_once - len(self._in_flight)
-        while ready and free > 0:
-            claims = self._next_task(ready, free)
-            ready, free = ready[len(claims) :], free - 1
-            if tried is not None:
-                tried.update(claim.number for claim in claims)
-            self._start(claims)
-            started = True
-        return started
-
-    def _set_aside(self, claims: list[Claim], tried: set[int] | None) -> bool:
-        """Settle windows that no function is called for; returns whether there were any."""
-        if tried is not None:
-            tried.update(claim.number for claim in claims)
-        if claims:
-            self.delivery.set_aside(claims)
-        return bool(claims)
-
-    def _next_task(self, ready: list[Claim], free: int) -> list[Claim]:
-        count = min(self._windows_per_task, -(-len(ready) // free))  # a share for each that waits for a task
-        reach: dict[str, tuple[int, int]] = {}
-        messages = _extend(reach, ready[0])
-        most = max(TASK_MESSAGES, 2 * messages)
-        for i, claim in enumerate(ready[1:count], 1):
-            messages += _extend(reach, claim)
-            if messages > most:
-                return ready[:i]
-        return ready[:count]
-
-    @property
-    def _windows_per_task(self) -> int:
-        """So many that a task takes a while."""
-        seconds = self._crew.seconds_per_window
-        return 1 if seconds is None else max(1, min(int(TASK_SECONDS / max(seconds, 1e-6)), TASK_WINDOWS))
-
-    def _start(self, claims: list[Claim]) -> None:
-        self.lease.check()
-        claims = [claim for claim in claims if self._is_prepared(claim)]
-        if not claims:
-            return
-        works = [Work.of(claim, self.job.picks) for claim in claims]
-        task = Task(self.target, self.name, self._crew.function, works, self.job.forwards, self._crew.limit)
-        if self.job.overrides('emit'):
-            task.fn = Portable(self.job.emit)
-            self._await(task, _Done(task()))
-        else:
-            self._await(task, self._crew.executor.submit(task))
-
-    def _is_prepared(self, claim: Claim) -> bool:
-        """Let an emitter that picks messages make what its function is called with; what it raises is an attempt."""
-        if not (self.job.picks and claim.readable):
-            return True
-        try:
-            claim.argument = self.job.prepare(claim.picked)
-        except BaseException as exc:
-            if signals.is_signal(exc):
-                raise
-            work = Work.of(claim, picked=True)
-            task = Task(self.target, self.name, None, [work], False)
-            self._await(task, _Done([failure(work, exc, by_function=True)]))
-            return False
-        return True
-
-    def _await(self, task: Task, completion: Any) -> None:
-        completion.add_done_callback(lambda done: self._inbox.wake((task, done)))
-        self._in_flight[id(task)] = task, completion
-        self._dispatched.update(work.number for work in task.works)
-
-    # --- settle
-
     def _collect(self) -> bool:
-        """Take the outcomes of finished tasks to where they belong; returns whether there were any."""
-        self._late.clear()
-        # All at once: what is not looked at because of an error on the way is no longer in flight either.
-        finished = [item for item in self._inbox.finished() if self._in_flight.pop(id(item[0]), None)]
-        outcomes = [outcome for task, completion in finished for outcome in self._outcomes(task, completion)]
-        for outcome in outcomes:
-            self._dispatched.discard(outcome.number)
-            if outcome.missing:
-                self._see_that_it_is_gone(outcome)
-                self._begun.difference_update(span.producer for span in self.progress.open[outcome.number].spans)
-        return self.delivery.settle(outcomes) or bool(outcomes)
-
-    def _see_that_it_is_gone(self, outcome: Outcome) -> None:
-        """What a worker did not find must not be here either, else it has read another MongoDB."""
-        spans = self.progress.open[outcome.number].spans
-        if outcome.host:
-            stored = sum(store.count_stored(self.target.majority, self.name, span) for span in spans)
-            found = sum(span.end - span.start for span in spans) - outcome.missing
-            if stored > found:
-                raise WorkersError(
-                    f'a worker on {outcome.host} does not find {stored - found} messages of stream {self.name!r} that '
-                    f'are stored: {self.target!r} is another MongoDB there. Use a URL that means the same everywhere'
-                )
-
-    def _outcomes(self, task: Task, completion: Any) -> list[Outcome]:
-        alone, self._alone = self._alone is not None, None
-        try:
-            outcomes: list[Outcome] = completion.result()
-        except PortabilityError:  # no fault of these windows: the others would fail as well
-            raise
-        except BaseException as exc:  # the worker died, or the executor failed
-            if signals.is_signal(exc):
-                raise
-            return self._lost(task, exc, alone)
-        seconds = sum(outcome.seconds for outcome in outcomes) / len(outcomes)
-        self._crew.measured(seconds)
-        return outcomes
-
-    def _lost(self, task: Task, exc: BaseException, alone: bool) -> list[Outcome]:
-        """The windows of a worker that died: one that took too long is to blame, else one that ran alone."""
-        limit = self._crew.limit
-        if limit is not None:
-            self._late.update(limit.exceeded())
-        error, outcomes = cause_of_loss(exc), []
-        for work in task.works:
-            if limit is not None and work.number in self._late:
-                late = f'TimeoutError: the function did not return within timeout={limit.seconds:g} s'
-                outcomes.append(Outcome(work.number, error=late, traceback=self._late[work.number], by_function=True))
-                continue
-            self.progress.open[work.number].suspect = not self._late
-            outcomes.append(Outcome(work.number, error=error, by_function=alone, lost=True))
-        if not alone:
-            logger.warning('%s: a worker was lost with %d windows, which are run again: %s', self.job.name,
-                           len(task.works), error)  # fmt: skip
-        return outcomes
+        """Settle the finished tasks; returns whether there were any."""
+        collected = self._dispatch.collect()
+        self._begun -= self._dispatch.gone
+        self._dispatch.gone.clear()
+        return collected
 
     # --- retain
 
@@ -694,64 +547,3 @@ class Planner:
             self.progress.written(moved)
             self.follower.follow(moved, self.progress.number, self.progress.marks, wait)
             self._unfollowed = bool(moved) or self.progress.number != number
-
-
-def _extend(reach: dict[str, tuple[int, int]], claim: Claim) -> int:
-    """Let `reach`, what is read of each producer, include a window; returns how many messages that is more."""
-    more = 0
-    for producer, start in claim.starts.items():
-        end = claim.ends[producer]
-        low, high = reach.get(producer, (start, start))
-        reach[producer] = min(low, start), max(high, end)
-        more += max(low - start, 0) + max(end - high, 0)
-    return more
-
-
-class LogView(Log):
-    """The log as it is stored."""
-
-    def __init__(self, planner: Planner) -> None:
-        super().__init__(planner.progress)
-        self._planner = planner
-
-    def times(self, span: Span) -> Iterator[tuple[int, int, list[datetime]]]:
-        read = STOP_CHECK
-        for record in store.read_times(self._planner.target.majority, self._planner.name, span):
-            if read >= STOP_CHECK:
-                self._planner.check_stop()
-                read = 0
-            read += record[1]
-            yield record
-
-    def messages(self, span: Span, names: list[str] | None) -> Iterator[tuple[int, datetime, Any]]:
-        self._planner.check_stop()
-        db, name, at = self._planner.target.majority, self._planner.name, span.start
-        for message in store.read_messages(db, name, span, names):
-            if message[0] > at:
-                break
-            yield message
-            at = message[0] + 1
-        if at == span.end:
-            return
-        missing = 0  # they are deleted, or a new primary does not see them yet
-        with self._planner.target.client.start_session(causal_consistency=True) as session:
-            store.see_all(db, name, session)
-            for message in store.read_messages(db, name, span._replace(start=at), names, session):
-                missing += message[0] - at
-                yield message
-                at = message[0] + 1
-        if missing + span.end - at:
-            self._planner.delivery.expired(missing + span.end - at)
-
-
-class _Done:
-    """The completion of what has already been done."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def result(self) -> Any:
-        return self._value
-
-    def add_done_callback(self, fn: Callable[[Any], Any]) -> None:
-        fn(self)

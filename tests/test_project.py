@@ -27,7 +27,8 @@ LEVELS = {
     2: {'backlog', 'settings', 'lease', 'messages', 'models', 'groups', 'producer', 'named',
         'attached', 'tail'},
     3: {'assign', 'away', 'edges', 'emitter', 'kinds', 'progress', 'retention', 'stall', 'wakeup', 'window', 'consumer',
-        'planner', 'delivery', 'beside', 'worker', 'executors', 'overview', 'job', 'inbox', 'crew'},
+        'planner', 'delivery', 'beside', 'worker', 'executors', 'overview', 'job', 'inbox', 'crew',
+        'dispatch', 'reading'},
     4: {'api', 'cli', 'demo', 'testing', 'contracts', 'contrib', '', '__main__'},
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
