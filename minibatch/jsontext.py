@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 
@@ -21,6 +22,32 @@ def loads(text: str | bytes) -> Any:
         RecursionError: if it is nested too deeply.
     """
     return json.loads(text)
+
+
+def loads_extended(text: str) -> Any:
+    """The value of a JSON text; of MongoDB Extended JSON, as `minibatch tail` and web apps show it, what it stands for.
+
+    Raises:
+        ValueError, RecursionError: as `loads` does.
+    """
+    if '"$' not in text:
+        return loads(text)
+    from bson import json_util
+
+    try:
+        return json_util.loads(text, json_options=_options())
+    except (json.JSONDecodeError, RecursionError):
+        raise
+    except Exception as exc:  # of many kinds
+        raise ValueError(f'not Extended JSON: {exc}') from None
+
+
+@cache
+def _options() -> Any:
+    from bson import json_util
+    from bson.codec_options import DatetimeConversion
+
+    return json_util.JSONOptions(tz_aware=False, datetime_conversion=DatetimeConversion.DATETIME_AUTO)
 
 
 def dumps(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:

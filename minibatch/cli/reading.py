@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import cache
 from itertools import chain
 from typing import Any, BinaryIO
 
@@ -117,10 +116,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
 def _load(raw: bytes) -> Any:
     """The value of a JSON text; of MongoDB Extended JSON, as `minibatch tail` prints it, what it stands for."""
     try:
-        text = raw.decode()
-        if '"$' not in text:
-            return jsontext.loads(text)
-        return _extended(text)
+        return jsontext.loads_extended(raw.decode())
     except json.JSONDecodeError as exc:
         place = f'line {exc.lineno} column {exc.colno}' if b'\n' in raw else f'column {exc.colno}'
         raise ValueError(f'not JSON: {exc.msg} at {place}') from None
@@ -128,25 +124,6 @@ def _load(raw: bytes) -> Any:
         raise ValueError(f'not UTF-8: byte {raw[exc.start]:#04x} at column {exc.start + 1}') from None
     except RecursionError:
         raise ValueError('nested too deeply') from None
-
-
-@cache
-def _options() -> Any:
-    from bson import json_util
-    from bson.codec_options import DatetimeConversion
-
-    return json_util.JSONOptions(tz_aware=False, datetime_conversion=DatetimeConversion.DATETIME_AUTO)
-
-
-def _extended(text: str) -> Any:
-    from bson import json_util
-
-    try:
-        return json_util.loads(text, json_options=_options())
-    except (json.JSONDecodeError, RecursionError):
-        raise
-    except Exception as exc:  # of many kinds
-        raise ValueError(f'not Extended JSON: {exc}') from None
 
 
 def _not_an_object(value: Any) -> str:

@@ -18,6 +18,7 @@ import cloudpickle
 
 from .. import signals
 from ..api import collecting
+from ..connection import same_database
 from ..errors import ArgumentError, MinibatchError
 from ..marshaller import name_of
 from ..window import WindowEmitter
@@ -109,8 +110,8 @@ def _check_groups(emitters: Sequence[WindowEmitter]) -> None:
 
 def _feeds(one: WindowEmitter, other: WindowEmitter) -> bool:
     """Whether one consumer appends to the stream of another one, as far as its options say."""
-    ours = (out for out in (*one.appends_to, one.late) if out is not None)
-    return any((out.target, out.name) == (other.stream.target, other.stream_name) for out in ours)
+    ours = (out for out in (*one.appends_to, one.late) if out is not None and out.name == other.stream_name)
+    return any(same_database(out.target, other.stream.target) for out in ours)
 
 
 class Service:

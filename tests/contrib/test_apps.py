@@ -216,6 +216,17 @@ def test_messages_that_are_posted_are_stored_when_that_is_answered(client, url, 
     assert stored(url) == [{'i': i} for i in range(expected)]
 
 
+def test_what_a_tail_shows_can_be_posted_again(client, url):
+    data = {'at': datetime(2026, 1, 31), 'nan': math.nan, 'id': ObjectId(), 'bytes': b'x'}
+    shown = bodies.as_json(data)
+    assert client.post('/streams/test', data=shown, headers=JSON).status_code == 201
+    [kept] = stored(url)
+    assert (bodies.as_json(kept), type(kept['at'])) == (shown, datetime)
+    answer = client.post('/streams/test', data='{"at": {"$date": "soon"}}', headers=JSON)
+    assert answer.status_code == 400
+    assert 'not Extended JSON' in answer.json['error']
+
+
 @pytest.mark.parametrize(('body', 'headers'), [(b'[{"i": NaN, "unit": "$"}]', JSON), (b'{"i": NaN}', LINES)])
 def test_nan_is_taken_as_everywhere_and_shown_as_json_can(client, url, body, headers):
     assert client.post('/streams/test', data=body, headers=headers).status_code == 201

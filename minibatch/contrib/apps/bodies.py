@@ -57,7 +57,7 @@ def placed(exc: DataError, places: list[str]) -> DataError:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return jsontext.loads(text)
+        return jsontext.loads_extended(text)
     except RecursionError:
         raise DataError(f'{where} is nested too deeply') from None
     except json.JSONDecodeError as exc:
