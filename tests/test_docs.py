@@ -1,5 +1,6 @@
 """The documentation: its pictures are true, its code is code, what it says is printed is printed, its links resolve."""
 
+import ast
 import importlib.util
 import itertools
 import re
@@ -104,3 +105,16 @@ def test_the_pages_build_without_a_warning_and_no_reference_is_left_open(tmp_pat
     for page in (tmp_path / 'html').rglob('*.html'):
         targets = re.findall(r'(?:href|src)="([^"#:?]+)(?:[#?][^"]*)?"', page.read_text(encoding='utf-8'))
         assert [target for target in targets if not (page.parent / target).exists()] == [], page.name
+
+
+def test_each_name_in_the_walk_of_a_message_exists():
+    text = (DOCS / 'architecture.rst').read_text(encoding='utf-8').partition('The walk of a message')[2]
+    named = re.findall(r'``(\w+\.py): ([\w.]+)``', text)
+    assert len(named) > 20
+    for file, name in named:
+        within = ast.parse((ROOT / 'minibatch' / file).read_text(encoding='utf-8'))
+        for part in name.split('.'):
+            kinds = (ast.ClassDef, ast.FunctionDef)
+            found = [node for node in within.body if isinstance(node, kinds) and node.name == part]
+            assert found, f'{file}: {name}'
+            within = found[0]
