@@ -260,16 +260,18 @@ class ListSink:
 
 
 class FailingSink:
-    """Fails at the first attempt of each window."""
+    """Fails at the first attempt of each window, and waits at later ones until it may go on."""
 
     def __init__(self) -> None:
         self.attempts: list[tuple[int, int]] = []
+        self.may_go_on = threading.Event()
         self.seen = Seen()
 
     def put(self, result):
         self.attempts.append((result['number'], result['attempt']))
         if result['attempt'] == 1:
             raise OSError('the sink is full')
+        assert self.may_go_on.wait(60)
         self.seen.put(result)
 
 
@@ -277,9 +279,11 @@ def test_a_window_whose_sink_fails_is_tried_again_and_nothing_is_lost(stream, db
     sink = FailingSink()
     appended(stream, 0, 0, 30)
     with started(emitter_of(stream, size=10, sink=sink)):
-        eventually(lambda: sink.seen.count() == 30)
-        assert db.window.find_one({'number': 1, 'attempts': 2, 'error': {'$regex': 'the sink is full'}})
-        eventually(lambda: not db.buffer.count_documents({}))
+        eventually(
+            lambda: db.window.find_one({'number': 1, 'attempts': 2, 'error': {'$regex': 'the sink is full'}})
+        )
+        sink.may_go_on.set()
+        eventually(lambda: sink.seen.count() == 30 and not db.buffer.count_documents({}))
     prove(sink.seen.messages(), {0: 30})
     assert sorted(sink.attempts) == [(number, attempt) for number in (1, 2, 3) for attempt in (1, 2)]
 
