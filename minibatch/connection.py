@@ -45,6 +45,7 @@ URL_VARIABLES = ('MINIBATCH_MONGO_URL', 'MONGO_URL')
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 1.0
 JOIN_PAUSE = 0.2
+RAISED_WITHIN = 1000  # steps of Python
 WAIT_DEPTH = 5  # so many frames deep pymongo waits
 LEAST_TIMEOUT = 0.001
 DEFAULTS: dict[str, Any] = {
@@ -462,6 +463,7 @@ def end_wait(thread: int) -> None:
         _raise_in(thread, ctypes.py_object(_WaitEnded))
         if not _waits_for_server(thread):  # it went on just after it was looked at, and may run code of a user now
             _raise_in(thread, None)
+            _forget_raised()
 
 
 def _waits_for_server(thread: int) -> bool:
@@ -479,6 +481,18 @@ def _raise_in(thread: int, exc: ctypes.py_object[type[BaseException]] | None) ->
     """Let a thread raise this when it runs next; None takes back what it has not raised yet."""
     with suppress(AttributeError):
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), exc)
+
+
+def _forget_raised() -> None:
+    """Let Python forget that something was to be raised in another thread, and was taken back.
+
+    Until 3.12 a flag of all threads says so, which is unset when one has raised. While it is set, a profiler that
+    begins hangs for ever. So this thread raises, and goes on.
+    """
+    with suppress(_WaitEnded):
+        _raise_in(threading.get_ident(), ctypes.py_object(_WaitEnded))
+        for _ in range(RAISED_WITHIN):
+            pass
 
 
 @contextmanager

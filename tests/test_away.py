@@ -1,5 +1,7 @@
 """While MongoDB is away a consumer says so, stops when it is told to, and goes on when MongoDB is back."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -104,6 +106,24 @@ def test_a_consumer_whose_sink_is_a_stream_stops_while_mongodb_is_away_and_so_do
     ending.join(60)
     assert not ending.is_alive()
     assert "messages of 'out' were not written" in caplog.text
+
+
+def test_a_wait_that_was_not_ended_after_all_leaves_no_trap_for_profilers():
+    program = """
+import ctypes, sys, threading
+from minibatch import connection
+looks = iter([True, False])
+connection._waits_for_server = lambda thread: next(looks)
+thread = threading.Thread(target=threading.Event().wait, daemon=True)
+thread.start()
+connection.end_wait(thread.ident)
+sys.setprofile(lambda *args: None)
+(lambda: None)()
+sys.setprofile(None)
+print('went on')
+"""
+    done = subprocess.run([sys.executable, '-c', program], timeout=60, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ('went on\n', '')
 
 
 def test_a_thread_that_went_on_just_as_its_wait_was_to_be_ended_is_left_alone(monkeypatch):
